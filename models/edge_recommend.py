@@ -1,0 +1,49 @@
+"""Edge recommend: a small student of `recommend` over what one store sells."""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models import recommend, trunk
+from models.behaviour import Behaviour, Ints, View
+from models.submodel import Task
+
+TASK: Task = "recommend"
+METRIC = "ndcg@10"
+TEACHER: str | None = "recommend"
+BASELINES = recommend.BASELINES
+
+WIDTH = 48
+"""Width of its vectors: 11,000 items of it are half a megabyte in int8."""
+
+
+class Head(trunk.Head):
+    """Narrow the shared vectors, encode the history by one layer of its own, and score as `recommend` does."""
+
+    def __init__(self, shape: trunk.Shape, rows: int) -> None:
+        super().__init__(shape, rows)
+        self.narrow = nn.Linear(shape.dimension, WIDTH, bias=False)
+        nn.init.orthogonal_(self.narrow.weight)
+        self.user = trunk.UserEncoder(WIDTH, layers=1)
+        self.scale = nn.Parameter(torch.tensor(5.0).log())
+
+    def bake(self, vectors: Tensor) -> Tensor:
+        """Return vectors [R + 1, WIDTH]."""
+        return self.narrow(vectors)
+
+    def forward(
+        self, vectors: Tensor, user: Tensor | None, text: Tensor | None, items: Tensor, features: Tensor
+    ) -> Tensor:
+        """Return logits [B, R + 1] from vectors [R + 1, WIDTH]."""
+        state = self.user(vectors, items, features)
+        return self.finish(self.scale.exp() * state @ vectors.T, items, features)
+
+
+def rows(behaviour: Behaviour) -> Ints:
+    """Rank what the store sold in the train period."""
+    return np.flatnonzero(behaviour.local)
+
+
+def relevant(view: View) -> Ints:
+    """Take the products of the basket that the store sells."""
+    return view.bought

@@ -1,0 +1,214 @@
+"""The release file: what was made, with digests and metrics, signed. infra and runtimes read it, nothing edits it."""
+
+import base64
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from pydantic import Field, ValidationError, model_validator
+
+from models.config import Name, Settings, TargetName, explain
+
+# infra and app.py import nothing of serve themselves, so what they need of it they find here
+from serve.errors import ShipyardError as ShipyardError
+from serve.trust import Keys as Keys
+from serve.trust import canonical, key_id, read_json, verify
+from serve.trust import load_keys as load_keys
+
+SCHEMA = "shipyard.release/1"
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Kind = Literal["triton", "image-context", "greengrass-model", "greengrass-runtime"]
+Bytes = Annotated[int, Field(ge=0)]
+# relative, so that the release holds in every account, region and environment; no step out of the prefix
+Key = Annotated[str, Field(pattern=r"^(?!/)(?!.*(^|/)\.\.?(/|$))[A-Za-z0-9._/-]{1,512}$")]
+
+
+class Interval(Settings):
+    """A value with its 95 % interval from a bootstrap over households (Efron 1979, percentile form)."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Score(Settings):
+    """Hold the figures of one sub-model on the test period: `metric` by name, as a part of 1.
+
+    `before` is the untouched pretrained model, `after` the released one. `over_*` are paired differences.
+    """
+
+    metric: str
+    examples: int
+    baseline_name: str
+    baseline: Interval
+    before: Interval
+    after: Interval
+    over_baseline: Interval
+    over_before: Interval
+
+
+class Format(Settings):
+    """Hold one exported form of a sub-model.
+
+    `parity` is the largest absolute difference of a logit from the form before it, `order` the part of top-10 places
+    that are equal, `loss` the part of the metric that the form costs, `latency_ms` the median of a single request on
+    the machine that made the release.
+    """
+
+    precision: Literal["fp32", "fp16", "int8"]
+    bytes: Bytes
+    parity: float
+    order: float
+    loss: float
+    latency_ms: float
+
+
+class Submodel(Settings):
+    """Hold what is known of one sub-model of this release."""
+
+    target: TargetName
+    task: str
+    parameters_own: int
+    parameters_shared: int
+    score: Score
+    formats: tuple[Format, ...]
+
+
+class File(Settings):
+    """One object of an artifact, by path below the artifact's key."""
+
+    path: Key
+    sha256: Sha256
+    bytes: Bytes
+
+
+class Artifact(Settings):
+    """One bundle: `key` is its content-addressed prefix in any bucket, `manifest` the digest of its bundle.json.
+
+    `digest` covers `files`, in the form that is uploaded. `template` is what a stack needs to run the bundle (a
+    Greengrass recipe, a container's environment) with @PLACEHOLDERS@ for what differs by environment.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,62}$")]
+    submodel: Name | None
+    target: TargetName
+    kind: Kind
+    key: Key
+    digest: Sha256
+    manifest: Sha256
+    files: Annotated[tuple[File, ...], Field(min_length=1)]
+    template: dict[str, Any]
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files in bytes."""
+        return sum(file.bytes for file in self.files)
+
+    @model_validator(mode="after")
+    def _check_digest(self) -> Self:
+        if self.digest != files_digest(self.files):
+            raise ValueError(f"digest of artifact {self.name} does not cover its files")
+        return self
+
+
+class Source(Settings):
+    """Say what the release was made from: digests of data, base model and our code, and the libraries' versions."""
+
+    data: str
+    data_sha256: Sha256
+    base: str
+    base_sha256: Sha256
+    code_sha256: Sha256
+    libraries: dict[str, str]
+
+
+class Signature(Settings):
+    """An Ed25519 signature (RFC 8032) over the canonical form (RFC 8785) of the rest of the document."""
+
+    algorithm: Literal["ed25519"]
+    key_id: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+    value: str
+
+
+class Release(Settings):
+    """One release. `version` ends in the digest of the content: the same content has the same version."""
+
+    schema_name: Annotated[Literal["shipyard.release/1"], Field(alias="schema")]
+    version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+-g[0-9a-f]{12}$")]
+    profile: Name
+    source: Source
+    submodels: dict[Name, Submodel]
+    artifacts: Annotated[tuple[Artifact, ...], Field(min_length=1)]
+    signature: Signature
+
+    def of(self, kind: Kind) -> tuple[Artifact, ...]:
+        """Return the artifacts of a kind, in the order of their names."""
+        return tuple(sorted((a for a in self.artifacts if a.kind == kind), key=lambda a: a.name))
+
+
+def files_digest(files: tuple[File, ...]) -> str:
+    """Return the digest of a set of files: SHA-256 over the sorted lines "sha256  path" (as sha256sum prints them)."""
+    lines = sorted(f"{file.sha256}  {file.path}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def artifact_key(name: str, digest: str) -> str:
+    """Return the content-addressed prefix of an artifact, with a slash at its end."""
+    return f"artifacts/{name}/{digest}/"
+
+
+def release_key(version: str) -> str:
+    """Return the key under which the release file itself is uploaded."""
+    return f"releases/{version}.json"
+
+
+def sign(body: dict[str, Any], semver: str, key: Ed25519PrivateKey) -> Release:
+    """Complete `body` with the schema, the version that its content has, and a signature."""
+    document = {"schema": SCHEMA, **json.loads(json.dumps(body))}
+    document["version"] = f"{semver}-g{hashlib.sha256(canonical(document)).hexdigest()[:12]}"
+    value = base64.b64encode(key.sign(canonical(document))).decode()
+    document["signature"] = {"algorithm": "ed25519", "key_id": key_id(key.public_key()), "value": value}
+    return _parse(document, f"release {document['version']}")
+
+
+def dump(release: Release) -> str:
+    """Return the text of a release file: sorted keys, two spaces, one newline at its end."""
+    document = release.model_dump(mode="json", by_alias=True)
+    return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def read_release(path: Path, keys: Keys) -> Release:
+    """Read a release file, verify its signature and validate it.
+
+    Raises:
+        ShipyardError: the file is missing, is no release, is not signed by one of `keys`, was changed, or does not bear
+            the version of its name.
+    """
+    document = read_json(path)
+    verify(document, keys, str(path))
+    release = _parse(document, str(path))
+    if path.stem != release.version:
+        raise ShipyardError(
+            f"{path}: its name is not its version",
+            value=path.stem,
+            allowed=release.version,
+            mend="rename the file back",
+        )
+    return release
+
+
+def trusted_key(release: Release, keys: Keys) -> str:
+    """Return the public key that signed a verified release, in OpenSSH's one-line form ("ssh-ed25519 AAAA...")."""
+    return keys[release.signature.key_id].public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+
+
+def _parse(document: dict[str, Any], where: str) -> Release:
+    try:
+        # by way of JSON: strict mode then takes lists for tuples, and integers where a float is written without a point
+        return Release.model_validate_json(json.dumps(document))
+    except ValidationError as fault:
+        raise explain(fault, Release, where) from None

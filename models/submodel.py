@@ -1,0 +1,73 @@
+"""The contract that each sub-model's file fulfils, and the way to find it by name. Imports no torch."""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+
+import models
+from serve.errors import ShipyardError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from models.behaviour import Behaviour, View
+    from models.trunk import Head, Shape
+
+Task = Literal["search", "recommend"]
+
+REQUIRED = ("TASK", "METRIC", "TEACHER", "BASELINES", "Head", "rows", "relevant")
+"""What models/<name>.py defines; a test holds every file to it."""
+
+
+class Submodel(Protocol):
+    """One kind of behaviour: its data, head, metric and baselines.
+
+    `TASK` chooses the runtime's decoder: "search" takes a query and a history, "recommend" a history alone. `TEACHER`
+    names the sub-model whose scores this one also learns from, if any.
+    """
+
+    TASK: Task
+    METRIC: str
+    TEACHER: str | None
+    BASELINES: "Mapping[str, Callable[[Behaviour, int, int], npt.NDArray[np.float64]]]"
+    """By name, a rule that scores all rows [N + 1] before a basket, given its query's path."""
+
+    Head: "Callable[[Shape, int], Head]"
+    """Made from the joint model's shape and the number of rows that it ranks."""
+
+    def rows(self, behaviour: "Behaviour") -> "npt.NDArray[np.int64]":
+        """Return the rows that it ranks, in their order in the sub-model; item k of it is rows[k - 1]."""
+        ...
+
+    def relevant(self, view: "View") -> "npt.NDArray[np.int64]":
+        """Return the right answers [B, K] of a batch, padded with 0."""
+        ...
+
+
+def names() -> list[str]:
+    """Return the names that models/ has a sub-model for: its files that define a Head and a TASK."""
+    texts = {path.stem: path.read_text(encoding="utf-8") for folder in models.__path__ for path in Path(folder).glob("*.py")}
+    return sorted(name for name, text in texts.items() if "\nTASK" in text and "\nclass Head" in text)
+
+
+def load(name: str) -> Submodel:
+    """Import a sub-model by name.
+
+    Raises:
+        ShipyardError: there is no such file, or it does not fulfil the contract.
+    """
+    if importlib.util.find_spec(f"models.{name}") is None:
+        raise ShipyardError(
+            f"sub-model {name}: no file models/{name}.py", allowed=", ".join(names()),
+            mend="write the file or remove the entry from fleet.toml",
+        )
+    module: Any = importlib.import_module(f"models.{name}")
+    if missing := [item for item in REQUIRED if not hasattr(module, item)]:
+        raise ShipyardError(
+            f"models/{name}.py: defines no {', '.join(missing)}", allowed=", ".join(REQUIRED),
+            mend="see the contract in models/submodel.py",
+        )
+    return cast(Submodel, module)

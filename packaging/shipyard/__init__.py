@@ -1,0 +1,1 @@
+"""How artifacts are made: one verb a module, in the order of the flow."""
