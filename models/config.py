@@ -74,7 +74,8 @@ class Gate(Settings):
 class Profile(Settings):
     """Size one run: how much data and training.
 
-    `households` 0 means all. Steps are optimiser steps; batches count examples. `gate` is by sub-model, for the size
+    `households` 0 means all. Steps are optimiser steps; batches count examples; `joint_sampled` products stand for those
+    that a batch does not name. `gate` is by sub-model, for the size
     of the training decides what can be reached; a sub-model that is not named there is held to `default_gate`.
     """
 
@@ -83,6 +84,7 @@ class Profile(Settings):
     tower_batch: Annotated[int, Field(ge=2, le=4096)]
     joint_steps: Annotated[int, Field(ge=1)]
     joint_batch: Annotated[int, Field(ge=2, le=4096)]
+    joint_sampled: Annotated[int, Field(ge=1)]
     test_examples: Annotated[int, Field(ge=20)]
     default_gate: Gate
     gate: dict[Name, Gate] = {}

@@ -1,7 +1,5 @@
 """Recommend: what a shopper bought to the products of the next basket."""
 
-from collections.abc import Callable
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -9,7 +7,7 @@ from torch import Tensor, nn
 
 from models import trunk
 from models.behaviour import Behaviour, Ints, View
-from models.submodel import Task
+from models.submodel import Rule, Task
 
 TASK: Task = "recommend"
 METRIC = "ndcg@10"
@@ -21,16 +19,16 @@ class Head(trunk.Head):
 
     uses_user = True
 
-    def __init__(self, shape: trunk.Shape, rows: int) -> None:
-        super().__init__(shape, rows)
+    def __init__(self, shape: trunk.Shape) -> None:
+        super().__init__(shape)
         self.scale = nn.Parameter(torch.tensor(5.0).log())
 
     def forward(
-        self, vectors: Tensor, user: Tensor | None, text: Tensor | None, items: Tensor, features: Tensor
+        self, vectors: Tensor, bias: Tensor, user: Tensor | None, text: Tensor | None, items: Tensor, features: Tensor
     ) -> Tensor:
         """Return logits [B, N + 1] from vectors [N + 1, D] and user [B, D]."""
         assert user is not None
-        return self.finish(self.scale.exp() * user @ vectors.T, items, features)
+        return self.finish(self.scale.exp() * user, vectors, bias, items, features)
 
 
 def rows(behaviour: Behaviour) -> Ints:
@@ -62,7 +60,7 @@ def popularity(behaviour: Behaviour, basket: int, query: int) -> npt.NDArray[np.
     return behaviour.popularity
 
 
-BASELINES: dict[str, Callable[[Behaviour, int, int], npt.NDArray[np.float64]]] = {
+BASELINES: dict[str, Rule] = {
     "popularity": popularity,
     "own counts, popularity": own_counts,
     "own decayed counts, popularity": decayed_counts,

@@ -15,7 +15,7 @@ from models.config import Name, Settings, TargetName, explain
 # infra and app.py import nothing of serve themselves, so what they need of it they find here
 from serve.errors import ShipyardError as ShipyardError
 from serve.trust import Keys as Keys
-from serve.trust import canonical, key_id, read_json, verify
+from serve.trust import canonical, key_id, read_json, statement, verify
 from serve.trust import load_keys as load_keys
 
 SCHEMA = "shipyard.release/1"
@@ -23,8 +23,9 @@ SCHEMA = "shipyard.release/1"
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Kind = Literal["triton", "image-context", "greengrass-model", "greengrass-runtime"]
 Bytes = Annotated[int, Field(ge=0)]
-# relative, so that the release holds in every account, region and environment; no step out of the prefix
-Key = Annotated[str, Field(pattern=r"^(?!/)(?!.*(^|/)\.\.?(/|$))[A-Za-z0-9._/-]{1,512}$")]
+# relative, so that the release holds in every account, region and environment; no part of it is "." or ".."
+_PART = r"\.{0,2}[A-Za-z0-9_-][A-Za-z0-9._-]*"
+Key = Annotated[str, Field(pattern=rf"^{_PART}(/{_PART})*/?$", max_length=512)]
 
 
 class Interval(Settings):
@@ -89,7 +90,8 @@ class File(Settings):
 class Artifact(Settings):
     """One bundle: `key` is its content-addressed prefix in any bucket, `manifest` the digest of its bundle.json.
 
-    `digest` covers `files`, in the form that is uploaded. `template` is what a stack needs to run the bundle (a
+    `digest` covers `files`, in the form that is uploaded. `attestation` signs name and manifest, for runtimes that have
+    the bundle and not the release. `template` is what a stack needs to run the bundle (a
     Greengrass recipe, a container's environment) with @PLACEHOLDERS@ for what differs by environment.
     """
 
@@ -100,6 +102,7 @@ class Artifact(Settings):
     key: Key
     digest: Sha256
     manifest: Sha256
+    attestation: Annotated[str, Field(pattern=r"^[0-9a-f]{16}:[A-Za-z0-9+/=]+$")]
     files: Annotated[tuple[File, ...], Field(min_length=1)]
     template: dict[str, Any]
 
@@ -173,6 +176,11 @@ def sign(body: dict[str, Any], semver: str, key: Ed25519PrivateKey) -> Release:
     value = base64.b64encode(key.sign(canonical(document))).decode()
     document["signature"] = {"algorithm": "ed25519", "key_id": key_id(key.public_key()), "value": value}
     return _parse(document, f"release {document['version']}")
+
+
+def attest(name: str, manifest: str, key: Ed25519PrivateKey) -> str:
+    """Return a key's attestation of a bundle, as `serve.trust.verify_attestation` reads it."""
+    return f"{key_id(key.public_key())}:{base64.b64encode(key.sign(statement(name, manifest))).decode()}"
 
 
 def dump(release: Release) -> str:

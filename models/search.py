@@ -1,7 +1,5 @@
 """Search: query words and the shopper's history to products of the whole catalogue."""
 
-from collections.abc import Callable
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -9,7 +7,7 @@ from torch import Tensor, nn
 
 from models import trunk
 from models.behaviour import Behaviour, Ints, View
-from models.submodel import Task
+from models.submodel import Rule, Task
 
 TASK: Task = "search"
 METRIC = "ndcg@10"
@@ -21,8 +19,8 @@ class Head(trunk.Head):
 
     uses_text = True
 
-    def __init__(self, shape: trunk.Shape, rows: int) -> None:
-        super().__init__(shape, rows)
+    def __init__(self, shape: trunk.Shape) -> None:
+        super().__init__(shape)
         self.query = nn.Linear(shape.text_width, shape.dimension, bias=False)
         self.scale = nn.Parameter(torch.tensor(20.0).log())
 
@@ -32,11 +30,11 @@ class Head(trunk.Head):
             self.query.weight.copy_(table.project.weight)
 
     def forward(
-        self, vectors: Tensor, user: Tensor | None, text: Tensor | None, items: Tensor, features: Tensor
+        self, vectors: Tensor, bias: Tensor, user: Tensor | None, text: Tensor | None, items: Tensor, features: Tensor
     ) -> Tensor:
         """Return logits [B, N + 1] from vectors [N + 1, D] and text [B, W]."""
         assert text is not None
-        return self.finish(self.scale.exp() * self.query(text) @ vectors.T, items, features)
+        return self.finish(self.scale.exp() * self.query(text), vectors, bias, items, features)
 
 
 def rows(behaviour: Behaviour) -> Ints:
@@ -59,7 +57,7 @@ def _path_own(behaviour: Behaviour, basket: int, query: int) -> npt.NDArray[np.f
     return np.where(behaviour.path_of_row == query, own + behaviour.popularity, -1.0)
 
 
-BASELINES: dict[str, Callable[[Behaviour, int, int], npt.NDArray[np.float64]]] = {
+BASELINES: dict[str, Rule] = {
     "exact path, popularity": _path,
     "exact path, own counts, popularity": _path_own,
 }

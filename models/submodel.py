@@ -22,6 +22,14 @@ REQUIRED = ("TASK", "METRIC", "TEACHER", "BASELINES", "Head", "rows", "relevant"
 """What models/<name>.py defines; a test holds every file to it."""
 
 
+class Rule(Protocol):
+    """A baseline: it scores all rows [N + 1] before a basket, given the query's path."""
+
+    def __call__(self, behaviour: "Behaviour", basket: int, query: int, /) -> "npt.NDArray[np.float64]":
+        """Return scores [N + 1], the higher the better."""
+        ...
+
+
 class Submodel(Protocol):
     """One kind of behaviour: its data, head, metric and baselines.
 
@@ -32,11 +40,10 @@ class Submodel(Protocol):
     TASK: Task
     METRIC: str
     TEACHER: str | None
-    BASELINES: "Mapping[str, Callable[[Behaviour, int, int], npt.NDArray[np.float64]]]"
-    """By name, a rule that scores all rows [N + 1] before a basket, given its query's path."""
+    BASELINES: "Mapping[str, Rule]"
 
-    Head: "Callable[[Shape, int], Head]"
-    """Made from the joint model's shape and the number of rows that it ranks."""
+    Head: "Callable[[Shape], Head]"
+    """Made from the joint model's shape alone."""
 
     def rows(self, behaviour: "Behaviour") -> "npt.NDArray[np.int64]":
         """Return the rows that it ranks, in their order in the sub-model; item k of it is rows[k - 1]."""
@@ -49,7 +56,9 @@ class Submodel(Protocol):
 
 def names() -> list[str]:
     """Return the names that models/ has a sub-model for: its files that define a Head and a TASK."""
-    texts = {path.stem: path.read_text(encoding="utf-8") for folder in models.__path__ for path in Path(folder).glob("*.py")}
+    texts = {
+        path.stem: path.read_text(encoding="utf-8") for folder in models.__path__ for path in Path(folder).glob("*.py")
+    }
     return sorted(name for name, text in texts.items() if "\nTASK" in text and "\nclass Head" in text)
 
 
@@ -61,13 +70,15 @@ def load(name: str) -> Submodel:
     """
     if importlib.util.find_spec(f"models.{name}") is None:
         raise ShipyardError(
-            f"sub-model {name}: no file models/{name}.py", allowed=", ".join(names()),
+            f"sub-model {name}: no file models/{name}.py",
+            allowed=", ".join(names()),
             mend="write the file or remove the entry from fleet.toml",
         )
     module: Any = importlib.import_module(f"models.{name}")
     if missing := [item for item in REQUIRED if not hasattr(module, item)]:
         raise ShipyardError(
-            f"models/{name}.py: defines no {', '.join(missing)}", allowed=", ".join(REQUIRED),
+            f"models/{name}.py: defines no {', '.join(missing)}",
+            allowed=", ".join(REQUIRED),
             mend="see the contract in models/submodel.py",
         )
     return cast(Submodel, module)

@@ -4,17 +4,21 @@ Shapes: B requests, H items of a history, T different texts, N items, D width of
 the text tower's output. Row 0 of every table is padding.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from serve.history import FEATURES
 
 RECENT = 64
 """Items of a history that the user encoder attends to."""
+
+USER_LAYERS = 2
 
 MAX_TOKENS = 32
 """Tokens of a text or query; the longest product text of the sample has 30."""
@@ -66,10 +70,15 @@ class ItemTable(nn.Module):
             _, _, directions = torch.linalg.svd(text_vectors.T @ text_vectors)
             self.project.weight.copy_(directions[: shape.dimension])
 
-    def forward(self) -> Tensor:
-        """Return the vectors [N + 1, D] of all rows."""
-        text = self.project(self.text_vectors)[self.text_of_row]
-        return torch.cat([text.new_zeros(1, text.shape[1]), text]) + self.identity.weight
+    def forward(self, rows: Tensor | None = None) -> Tensor:
+        """Return the vectors [N + 1, D] of all rows, or [C + 1, D] of padding and the `rows` [C] of 1..N."""
+        if rows is None:
+            text = self.project(self.text_vectors)[self.text_of_row]
+            identity = self.identity.weight[1:]
+        else:
+            text = self.project(self.text_vectors[self.text_of_row[rows - 1]])
+            identity = self.identity(rows)
+        return nn.functional.pad(text + identity, (0, 0, 1, 0))
 
 
 class Layer(nn.Module):
@@ -138,31 +147,23 @@ class Repeat(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, logits: Tensor, items: Tensor, features: Tensor) -> Tensor:
-        """Return logits [B, R] with the score of each item [B, H] of the history added in its place."""
+        """Add to logits [B, R], in place, the score of each item [B, H] of the history."""
         bonus = self.out(nn.functional.gelu(self.hidden(features))).squeeze(-1)
-        return logits.scatter_add(1, items, torch.where(items == 0, 0.0, bonus))
-
-
-def load_tower(folder: Path) -> tuple[TextTower, PreTrainedTokenizerBase]:
-    """Load encoder and tokeniser of a BERT-like model from a local folder, weights from safetensors alone."""
-    encoder = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, add_pooling_layer=False)
-    return TextTower(encoder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return logits.scatter_add_(1, items, torch.where(items == 0, 0.0, bonus))
 
 
 class Head(nn.Module):
     """What a sub-model adds to the trunk: it turns shared vectors into one score for each row that it ranks.
 
     A head says with `uses_text` and `uses_user` which parts of the trunk it needs; the rest stays out of its artifact.
-    `bias` is one number a row; training starts it from the rows' popularity.
     """
 
     uses_text = False
     uses_user = False
 
-    def __init__(self, shape: Shape, rows: int) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape = shape
-        self.bias = nn.Parameter(torch.zeros(rows + 1))
         self.repeat = Repeat()
 
     def start(self, table: ItemTable) -> None:
@@ -173,26 +174,34 @@ class Head(nn.Module):
         return vectors
 
     def forward(
-        self, vectors: Tensor, user: Tensor | None, text: Tensor | None, items: Tensor, features: Tensor
+        self, vectors: Tensor, bias: Tensor, user: Tensor | None, text: Tensor | None, items: Tensor, features: Tensor
     ) -> Tensor:
-        """Return logits [B, R + 1] from baked vectors, user [B, D], text [B, W], items [B, H] and features [B, H, 6]."""
+        """Return logits [B, R + 1].
+
+        Shapes: baked vectors [R + 1, any width], bias [R], user [B, D], text [B, W], items [B, H], features [B, H, 6].
+        """
         raise NotImplementedError
 
-    def finish(self, logits: Tensor, items: Tensor, features: Tensor) -> Tensor:
-        """Add what every head adds to its logits [B, R + 1]: bias and repeat purchases; padding never wins."""
-        logits = self.repeat(logits + self.bias, items, features)
-        return torch.cat([torch.full_like(logits[:, :1], PADDING_LOGIT), logits[:, 1:]], dim=1)
+    def finish(self, state: Tensor, vectors: Tensor, bias: Tensor, items: Tensor, features: Tensor) -> Tensor:
+        """Return logits [B, R + 1]: state [B, D] times vectors, plus bias and repeat purchases; padding never wins."""
+        # logits are hundreds of megabytes for a large batch, so nothing here copies them
+        logits = torch.addmm(nn.functional.pad(bias, (1, 0), value=PADDING_LOGIT), state, vectors.T)
+        return self.repeat(logits, items, features)
 
 
 class Standalone(nn.Module):
-    """One sub-model cut out of the joint one: its head, the baked vectors, and those trunk parts that it uses."""
+    """One sub-model cut out of the joint one: its head, its rows' vectors and bias, and those trunk parts that it uses."""
 
     vectors: Tensor
+    bias: Tensor
 
-    def __init__(self, head: Head, vectors: Tensor, user: UserEncoder | None, tower: TextTower | None) -> None:
+    def __init__(
+        self, head: Head, vectors: Tensor, bias: Tensor, user: UserEncoder | None, tower: TextTower | None
+    ) -> None:
         super().__init__()
         self.head, self.user, self.tower = head, user, tower
         self.register_buffer("vectors", vectors)
+        self.register_buffer("bias", bias)
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -204,14 +213,14 @@ class Standalone(nn.Module):
         *query, items, features = inputs
         text = self.tower(*query) if self.tower is not None else None
         user = self.user(self.vectors, items, features) if self.user is not None else None
-        logits: Tensor = self.head(self.vectors, user, text, items, features)
+        logits: Tensor = self.head(self.vectors, self.bias, user, text, items, features)
         return logits
 
 
 class Joint(nn.Module):
     """The joint model over cached text vectors: item table, user encoder and every sub-model's head.
 
-    `rows` holds, by sub-model, the rows [R] that it ranks.
+    `rows` holds, by sub-model, the rows [R] that it ranks; `bias`, one number for each of them, is its rows' popularity.
     """
 
     def __init__(
@@ -219,28 +228,51 @@ class Joint(nn.Module):
         shape: Shape,
         text_vectors: Tensor,
         text_of_row: Tensor,
-        heads: dict[str, Head],
-        rows: dict[str, Tensor],
+        heads: Mapping[str, Head],
+        rows: Mapping[str, Tensor],
     ) -> None:
         super().__init__()
         self.shape = shape
+        self.rows = dict(rows)
         self.table = ItemTable(shape, text_vectors, text_of_row)
-        self.user = UserEncoder(shape.dimension, layers=2)
+        self.user = UserEncoder(shape.dimension, USER_LAYERS)
         self.heads = nn.ModuleDict(heads)
-        for name, head in heads.items():
-            self.register_buffer(f"rows_{name}", torch.cat([torch.zeros(1, dtype=torch.long), rows[name]]), False)
+        self.bias = nn.ParameterDict({name: torch.zeros(len(rows[name])) for name in heads})
+        for head in heads.values():
             head.start(self.table)
 
-    def baked(self, name: str, vectors: Tensor) -> Tensor:
-        """Return the vectors that a sub-model serves from, given the item table's."""
-        rows: Tensor = getattr(self, f"rows_{name}")
-        whole = len(rows) == len(vectors)
-        baked: Tensor = self.heads[name].bake(vectors if whole else vectors[rows])
-        return baked
+    def head(self, name: str) -> Head:
+        """Return a sub-model's head."""
+        head = self.heads[name]
+        assert isinstance(head, Head)
+        return head
 
-    def forward(self, name: str, vectors: Tensor, text: Tensor | None, items: Tensor, features: Tensor) -> Tensor:
-        """Return one sub-model's logits [B, R + 1] given the item table's vectors and the query's text vectors."""
-        baked = self.baked(name, vectors)
-        user = self.user(baked, items, features) if self.heads[name].uses_user else None
-        logits: Tensor = self.heads[name](baked, user, text, items, features)
+    def forward(
+        self, name: str, vectors: Tensor, bias: Tensor, text: Tensor | None, items: Tensor, features: Tensor
+    ) -> Tensor:
+        """Return a sub-model's logits [B, C + 1] over the rows [C] whose table vectors [C + 1, D] and bias [C] it gets."""
+        head = self.head(name)
+        baked = head.bake(vectors)
+        user = self.user(baked, items, features) if head.uses_user else None
+        logits: Tensor = head(baked, bias, user, text, items, features)
         return logits
+
+    def cut(self, name: str, tower: TextTower) -> Standalone:
+        """Return the stand-alone form of a sub-model: vectors baked, trunk parts that its head does not use left out."""
+        head = self.head(name)
+        with torch.no_grad():
+            vectors = head.bake(self.table(self.rows[name])).clone()
+        alone = Standalone(
+            head, vectors, self.bias[name].detach().clone(), self.user if head.uses_user else None,
+            tower if head.uses_text else None,
+        )  # fmt: skip
+        return alone.eval()
+
+
+def load_tower(folder: Path) -> tuple[TextTower, PreTrainedTokenizerBase]:
+    """Load encoder and tokeniser of a BERT-like model from a local folder, weights from safetensors alone."""
+    # the report on a pooling layer that is left out on purpose, and a progress bar for 90 MB, only hide our own lines
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    encoder = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, add_pooling_layer=False)
+    return TextTower(encoder), AutoTokenizer.from_pretrained(folder, local_files_only=True)

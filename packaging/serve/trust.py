@@ -149,3 +149,28 @@ def check_bundle(folder: Path, manifest_sha256: str) -> dict[str, Any]:
             found = "a link" if path.is_symlink() else actual
             raise ShipyardError(f"{path}: digest differs", value=found, allowed=digest, mend="fetch the bundle again")
     return document
+
+
+def statement(name: str, manifest_sha256: str) -> bytes:
+    """Return the bytes that attest a bundle: its artifact's name and the digest of its bundle.json, in RFC 8785's form."""
+    return rfc8785.dumps({"schema": "shipyard.attestation/1", "name": name, "manifest": manifest_sha256})
+
+
+def verify_attestation(name: str, manifest_sha256: str, attestation: str, keys: Keys, where: str) -> None:
+    """Check that a trusted key attests a bundle; `attestation` is "key id:signature", the signature in Base64.
+
+    Raises:
+        ShipyardError: the key is not trusted, or it attests another bundle.
+    """
+    signer, _, value = attestation.partition(":")
+    if signer not in keys:
+        raise ShipyardError(
+            f"{where}: attested by a key that is not trusted", value=signer, allowed=", ".join(keys),
+            mend="if you trust the signer, add the public key to the trusted keys",
+        )  # fmt: skip
+    try:
+        keys[signer].verify(base64.b64decode(value, validate=True), statement(name, manifest_sha256))
+    except (InvalidSignature, binascii.Error):
+        raise ShipyardError(
+            f"{where}: not the bundle that was attested as {name}", value=manifest_sha256, mend="fetch the bundle again"
+        ) from None

@@ -18,16 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from models import submodel, trunk
-from models.behaviour import TRAIN, VALIDATION, Behaviour, View, load_behaviour, placing
+from models.behaviour import TRAIN, VALIDATION, Behaviour, Floats, Ints, View, load_behaviour, placing
 from models.config import Finetune, Profile
 from serve.errors import ShipyardError
 
@@ -66,8 +64,6 @@ def finetune(
     Raises:
         ShipyardError: training diverged, or the adapter did nothing.
     """
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     torch.manual_seed(config.seed)
     behaviour = load_behaviour(data)
     tower, tokenizer = trunk.load_tower(base)
@@ -101,7 +97,7 @@ def build_joint(behaviour: Behaviour, vectors: Vectors, config: Finetune, names:
     shape = trunk.Shape(config.dimension, behaviour.items, len(behaviour.texts), vectors.texts.shape[1])
     modules = {name: submodel.load(name) for name in names}
     rows = {name: torch.from_numpy(module.rows(behaviour)) for name, module in modules.items()}
-    heads = {name: module.Head(shape, len(rows[name])) for name, module in modules.items()}
+    heads = {name: module.Head(shape) for name, module in modules.items()}
     return trunk.Joint(shape, vectors.texts, torch.from_numpy(behaviour.text_of_row), heads, rows)
 
 
@@ -207,8 +203,14 @@ def _adapt(tower: trunk.TextTower, config: Finetune, steps: int) -> nn.Module:
         LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=modules)
         if config.method == "lora"
         else AdaLoraConfig(
-            init_r=2 * config.rank, target_r=config.rank, lora_alpha=config.alpha, target_modules=modules,
-            total_step=steps, tinit=steps // 10, tfinal=steps // 3, deltaT=max(1, steps // 50),
+            init_r=2 * config.rank,
+            target_r=config.rank,
+            lora_alpha=config.alpha,
+            target_modules=modules,
+            total_step=steps,
+            tinit=steps // 10,
+            tfinal=steps // 3,
+            deltaT=max(1, steps // 50),
         )  # fmt: skip
     )
     tower.encoder = get_peft_model(tower.encoder, peft_config)  # type: ignore[assignment]
@@ -216,7 +218,11 @@ def _adapt(tower: trunk.TextTower, config: Finetune, steps: int) -> nn.Module:
 
 
 def _merge(
-    tower: trunk.TextTower, adapted: PeftModel, tokenizer: PreTrainedTokenizerBase, behaviour: Behaviour, config: Finetune
+    tower: trunk.TextTower,
+    adapted: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    behaviour: Behaviour,
+    config: Finetune,
 ) -> dict[str, Any]:
     """Merge the adapter into the encoder and check that the outputs stay (peft can be a silent no-op)."""
     tower.eval()
@@ -252,7 +258,7 @@ def _orthogonality(encoder: nn.Module) -> Tensor:
     return torch.stack(terms).mean()
 
 
-def _pairs(behaviour: Behaviour, baskets: npt.NDArray[np.int64], n: int, rng: np.random.Generator) -> Any:
+def _pairs(behaviour: Behaviour, baskets: Ints, n: int, rng: np.random.Generator) -> Any:
     """Draw n baskets and two different products of each: rows [2, n]."""
     chosen = rng.choice(baskets, n)
     start, size = behaviour.start[chosen], np.diff(behaviour.start)[chosen]
@@ -261,7 +267,7 @@ def _pairs(behaviour: Behaviour, baskets: npt.NDArray[np.int64], n: int, rng: np
     return behaviour.row[np.stack([start + first, start + second])]
 
 
-def _contrast(similarity: Tensor, left: npt.NDArray[np.int64], right: npt.NDArray[np.int64]) -> Tensor:
+def _contrast(similarity: Tensor, left: Ints, right: Ints) -> Tensor:
     """Return InfoNCE both ways over similarity [n, n]; other pairs with equal ids are no negatives."""
     same = torch.from_numpy(left[:, None] == right[None, :]) & ~torch.eye(len(left), dtype=torch.bool)
     logits = (similarity / TEMPERATURE).masked_fill(same, -1e4)
@@ -278,21 +284,45 @@ class Batches:
     def __init__(self, behaviour: Behaviour, names: Iterable[str]) -> None:
         self.behaviour = behaviour
         self.rows = {name: submodel.load(name).rows(behaviour) for name in names}
-        self.place = {
-            name: None if len(rows) == behaviour.items else placing(rows, behaviour.items)
-            for name, rows in self.rows.items()
-        }
+        self.place = {name: placing(rows, behaviour.items) for name, rows in self.rows.items()}
 
-    def views(self, baskets: npt.NDArray[np.int64], queries: npt.NDArray[np.int64]) -> dict[str, View]:
+    def views(self, baskets: Ints, queries: Ints) -> dict[str, View]:
         """Return the view of each sub-model on the same baskets and queries."""
         made: dict[bytes, View] = {}
         views = {}
         for name, place in self.place.items():
-            key = b"" if place is None else place.tobytes()
+            key = place.tobytes()
             if key not in made:
-                made[key] = self.behaviour.view(baskets, queries, place)
+                made[key] = self.behaviour.view(baskets, queries, None if len(self.rows[name]) == place[-1] else place)
             views[name] = made[key]
         return views
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Rows of the catalogue [C] that a training step looks at, with the logarithm of the weight [C] of each.
+
+    All that a batch names is there with weight 1; the rest is sampled, and each of the sample stands for as many as were
+    left out, so that the softmax's sum over the whole catalogue is estimated without bias.
+    """
+
+    rows: Ints
+    log_weight: Floats
+
+    @classmethod
+    def draw(cls, batches: Batches, views: Mapping[str, View], sampled: int, rng: np.random.Generator) -> "Columns":
+        """Draw the columns of a batch."""
+        named = [np.r_[0, batches.rows[n]][np.r_[v.items.ravel(), v.bought.ravel()]] for n, v in views.items()]
+        known = np.zeros(batches.behaviour.items + 1, bool)
+        known[np.concatenate(named)] = True
+        known[0] = False
+        rest = np.flatnonzero(~known)[1:]
+        extra = rng.choice(rest, min(sampled, len(rest)), replace=False)
+        rows = np.r_[np.flatnonzero(known), extra]
+        weight = np.zeros(len(rows), np.float32)
+        if len(extra):
+            weight[-len(extra) :] = np.log(len(rest) / len(extra))
+        return cls(rows, weight)
 
 
 def train_joint(
@@ -305,64 +335,92 @@ def train_joint(
     out: Path,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Train the joint model in place on baskets of the train period; keep the best of it by validation loss."""
+    """Train the joint model in place on baskets of the train period."""
     batches = Batches(behaviour, weights)
     popularity = torch.from_numpy(behaviour.popularity).float()
     with torch.no_grad():
         for name, rows in batches.rows.items():
-            joint.heads[name].bias[1:] = torch.log(popularity[rows] + 0.5)  # type: ignore[index,operator]
+            joint.bias[name].copy_(torch.log(popularity[rows] + 0.5))
     baskets = behaviour.baskets(TRAIN, fewest=10)
 
-    def losses(chosen: npt.NDArray[np.int64], rng: np.random.Generator) -> dict[str, Tensor]:
+    def losses(chosen: Ints, rng: np.random.Generator, sampled: int) -> dict[str, Tensor]:
         queries = behaviour.queries(chosen, rng)
         views = batches.views(chosen, queries)
-        table = joint.table()
+        columns = Columns.draw(batches, views, sampled, rng)
+        table = joint.table(torch.from_numpy(columns.rows))
         text = vectors.paths[queries]
         logits: dict[str, Tensor] = {}
         found: dict[str, Tensor] = {}
         for name in weights:
             module, view = submodel.load(name), views[name]
-            items, features = torch.from_numpy(view.items), torch.from_numpy(view.features)
-            logits[name] = joint(name, table, text, items, features)
-            found[name] = listwise(logits[name], torch.from_numpy(module.relevant(view)))
+            own = batches.place[name][columns.rows]
+            kept = np.flatnonzero(own)
+            seen = np.zeros(len(batches.rows[name]) + 1, np.int64)  # own row -> column, 0 for none
+            seen[own[kept]] = np.arange(1, len(kept) + 1)
+            items, features = torch.from_numpy(seen[view.items]), torch.from_numpy(view.features)
+            some = table[torch.from_numpy(np.r_[0, kept + 1])]
+            bias = joint.bias[name][torch.from_numpy(own[kept] - 1)] + torch.from_numpy(columns.log_weight[kept])
+            logits[name] = joint(name, some, bias, text, items, features)
+            found[name] = listwise(logits[name], torch.from_numpy(seen[module.relevant(view)]))
             if module.TEACHER is not None:
-                taught = logits[module.TEACHER].detach()[:, batches.rows[name]]
+                taught = np.flatnonzero(batches.place[module.TEACHER][columns.rows])
+                shared = torch.from_numpy(1 + np.searchsorted(taught, kept))
+                target = logits[module.TEACHER].detach()[:, shared].softmax(1)
                 student = logits[name][:, 1:].log_softmax(1)
-                found[name] = found[name] + nn.functional.kl_div(student, taught.softmax(1), reduction="batchmean")
+                found[name] = found[name] + nn.functional.kl_div(student, target, reduction="batchmean")
         return found
 
     def loss_of(step: int) -> Tensor:
         rng = np.random.default_rng([config.seed, 2, step])
-        found = losses(rng.choice(baskets, profile.joint_batch), rng)
+        found = losses(rng.choice(baskets, profile.joint_batch), rng, profile.joint_sampled)
         return sum((weights[name] * loss for name, loss in found.items()), torch.zeros(()))
 
-    slow = [joint.table.project.weight]
-    tables = [joint.table.identity.weight, *(p for n, p in joint.named_parameters() if n.endswith(".bias") and p.numel() > 4096)]
-    chosen = {id(p) for p in (*slow, *tables)}
-    groups = [
-        {"params": slow, "lr": 2e-4},
-        {"params": tables, "lr": 5e-3, "weight_decay": 0.0},
-        {"params": [p for p in joint.parameters() if id(p) not in chosen], "lr": 2e-3},
-    ]
+    # a table's line sees few gradients, the scores of repeat purchases start at zero: both need large steps
+    rates = {"table.project": 2e-4, "table.identity": 5e-3, "bias": 5e-3, "repeat": 1e-2}
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in joint.named_parameters():
+        kind = next((kind for kind in rates if name.startswith(f"{kind}.") or f".{kind}." in name), "")
+        groups.setdefault(rates.get(kind, 2e-3), []).append(parameter)
+    by_rate = [{"params": members, "lr": rate} for rate, members in groups.items()]
     joint.train()
-    curve = _train("joint", joint.parameters(), groups, profile.joint_steps, loss_of, lambda step: None, joint, out, progress)
+    curve = _train(
+        "joint", joint.parameters(), by_rate, profile.joint_steps, loss_of, lambda step: None, joint, out, progress
+    )
     joint.eval()
     with torch.inference_mode():
         held = behaviour.first_baskets(VALIDATION, 512)
-        validation = losses(held, np.random.default_rng(config.seed))
+        validation = losses(held, np.random.default_rng(config.seed), behaviour.items)
     return {**curve, "validation_loss": {name: float(loss) for name, loss in validation.items()}}
 
 
-def listwise(logits: Tensor, relevant: Tensor) -> Tensor:
-    """Return the mean over requests of the mean over right answers of -log softmax (ListNet's top-one form).
+class Listwise(torch.autograd.Function):
+    """Mean over requests of the mean over right answers of -log softmax (ListNet's top-one form, Cao et al. 2007).
 
-    Shapes: logits [B, R + 1], relevant [B, K] padded with 0. A request without a right answer counts nothing.
+    Shapes: logits [B, R + 1], relevant [B, K] padded with 0. A request without a right answer counts nothing. Its own
+    gradient, for the derived one makes three more arrays of the logits' size.
     """
-    right = relevant != 0
-    # gathered first, so that no second [B, R + 1] array is made
-    logp = logits.gather(1, relevant) - logits.logsumexp(1, keepdim=True)
-    each = -(logp * right).sum(1) / right.sum(1).clamp(min=1)
-    return each.sum() / right.any(1).sum().clamp(min=1)
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, relevant: Tensor) -> Tensor:
+        """Return the loss."""
+        right = (relevant != 0).to(logits.dtype)
+        weight = right / right.sum(1, keepdim=True).clamp(min=1) / right.any(1).sum().clamp(min=1)
+        total = logits.logsumexp(1, keepdim=True)
+        ctx.save_for_backward(logits, total, relevant, weight)
+        return -((logits.gather(1, relevant) - total) * weight).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """Return softmax minus the right answers' shares."""
+        logits, total, relevant, weight = ctx.saved_tensors
+        grad = torch.sub(logits, total).exp_().mul_(weight.sum(1, keepdim=True))
+        return grad.scatter_add_(1, relevant, -weight).mul_(grads[0]), None
+
+
+def listwise(logits: Tensor, relevant: Tensor) -> Tensor:
+    """Return the loss of `Listwise`."""
+    loss: Tensor = Listwise.apply(logits, relevant)
+    return loss
 
 
 # --- both ---------------------------------------------------------------------------------------------------------
@@ -432,7 +490,12 @@ def _train(
 
 
 def _vectors(
-    file: Path, tower: trunk.TextTower, tokenizer: PreTrainedTokenizerBase, behaviour: Behaviour, progress: Progress, what: str
+    file: Path,
+    tower: trunk.TextTower,
+    tokenizer: PreTrainedTokenizerBase,
+    behaviour: Behaviour,
+    progress: Progress,
+    what: str,
 ) -> Vectors:
     """Encode all texts and paths, or read them where an earlier run has."""
     if not file.exists():

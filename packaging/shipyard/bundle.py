@@ -1,0 +1,222 @@
+"""Bundle: a model and what serves it, in its target's form, reproducible to the byte.
+
+gpu is a Triton model repository, cpu the context of a container image, edge a zip. bundle.json names every file with its
+digest and says what a runtime must know; the bundle holds no time, no path and no key.
+"""
+
+import hashlib
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+import serve
+from models import submodel
+from models.behaviour import VALIDATION, load_behaviour
+from models.config import Target, TargetName
+from models.release import File, artifact_key, files_digest
+from serve import greengrass, triton
+from serve.errors import ShipyardError
+from serve.history import FEATURES, LIMIT
+from serve.runtime import SCHEMA, Model
+from serve.trust import MANIFEST, sha256_file
+from shipyard.evaluate import Examples
+from shipyard.export import IR_VERSION, OPSET
+
+ENGINE = {"name": "onnxruntime", "minimum": "1.23"}
+CODE = Path(serve.__file__).parent
+
+# what a process of the private cluster imports, with the versions that the release was tested with
+CPU_PACKAGES = ("boto3", "cryptography", "numpy", "onnxruntime", "rfc8785", "tokenizers")
+
+DOCKERFILE = """\
+# docker build --platform linux/arm64 -t REPOSITORY . ; then name the pushed image's digest in fleet.toml
+ARG PYTHON=python:3.11-slim
+FROM ${PYTHON}
+COPY requirements.txt /tmp/requirements.txt
+RUN pip install --no-cache-dir --requirement /tmp/requirements.txt
+COPY serve /app/serve
+ENV PYTHONPATH=/app PYTHONUNBUFFERED=1 ORT_DISABLE_TELEMETRY=1
+USER 10001
+ENTRYPOINT ["python"]
+CMD ["-m", "serve.server", "--help"]
+"""
+
+
+def bundle(
+    data: Path, split: Path, finetuned: Path, quantised: Path, name: str, target: Target, place: TargetName,
+    facts: dict[str, Any], libraries: dict[str, str], out: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """Write the bundle of a sub-model under `out`/bundle and, for the edge, its zip under `out`/upload.
+
+    Returns:
+        The artifact as the release names it, without its attestation.
+
+    Raises:
+        ShipyardError: the bundle is larger than its target allows.
+    """
+    kebab = name.replace("_", "-")
+    module = submodel.load(name)
+    tree = out / "bundle"
+    model_path = f"model_repository/{kebab}/1/model.onnx" if place == "gpu" else "model.onnx"
+    _copy(quantised / "model.onnx", tree / model_path)
+    graph = onnx.load(tree / model_path)
+    inputs = tuple(i.name for i in graph.graph.input)
+    returned = graph.graph.output[0].type.tensor_type.shape.dim[1].dim_value
+    _copy(split / "products.json", tree / "products.json")
+    if module.TASK == "search":
+        _copy(finetuned / "tokenizer.json", tree / "tokenizer.json")
+    if place == "gpu":
+        _write(tree / f"model_repository/{kebab}/{triton.CONFIG}", triton.config(kebab, inputs, returned))
+    if place == "cpu":
+        _write(tree / "Dockerfile", DOCKERFILE)
+        _write(tree / "requirements.txt", "".join(f"{p}=={libraries[p].partition('+')[0]}\n" for p in CPU_PACKAGES))
+        _copy_code(tree / "serve", ("server.py", "fetch.py"))
+    document = {
+        "schema": SCHEMA,
+        "name": kebab,
+        "task": module.TASK,
+        "model": model_path,
+        "products": "products.json",
+        "tokenizer": "tokenizer.json" if module.TASK == "search" else None,
+        "max_tokens": facts["max_tokens"],
+        "history": {"limit": LIMIT, "features": list(FEATURES)},
+        "inputs": list(inputs),
+        "returned": returned,
+        "precision": target.precision,
+        "engine": ENGINE | {"ir_version": IR_VERSION, "opset": OPSET},
+        "facts": facts,
+        "golden": [],
+    }
+    document["golden"] = _golden(data, name, Model(tree, document))
+    manifest = _seal(tree, document)
+    if place == "edge":
+        return _zipped(out, kebab, name, manifest, target, greengrass.model_component(kebab))
+    files = _files(tree)
+    template: dict[str, Any] = {"environment": {"SAGEMAKER_TRITON_DEFAULT_MODEL_NAME": kebab,
+                                "SAGEMAKER_TRITON_LOG_VERBOSE": "false", "ORT_DISABLE_TELEMETRY": "1"},
+                                "model_data": "model_repository/"}  # fmt: skip
+    kind = "triton"
+    artifact = _artifact(kebab, name, place, kind, manifest, files, template, tree, target.max_size_mb)
+    if place == "cpu":
+        artifact["kind"] = "image-context"
+        artifact["template"] = {
+            "environment": {
+                "ORT_DISABLE_TELEMETRY": "1", "SHIPYARD_TRUSTED_KEY": "@TRUSTED_KEY@",
+                "SHIPYARD_ATTESTATION": "@ATTESTATION@",
+            },
+            "fetch": ["-m", "serve.fetch", f"s3://@BUCKET@/{artifact['key']}", "--artifact", kebab, "--into", "/model"],
+            "serve": ["-m", "serve.server", "--bundle", "/model", "--artifact", kebab, "--host", "0.0.0.0",  # noqa: S104
+                      "--port", "8080"],
+            "port": 8080, "health": "/readyz", "mount": "/model",
+        }  # fmt: skip
+    return artifact
+
+
+def bundle_runtime(target: Target, out: Path) -> dict[str, Any]:
+    """Write the edge's runtime, code alone, as a bundle and its zip; return its artifact."""
+    tree = out / "bundle"
+    _copy_code(tree / "serve", ("server.py",))
+    _write(tree / "install.sh", greengrass.INSTALL)
+    _write(tree / "run.sh", greengrass.RUN)
+    manifest = _seal(tree, {"schema": SCHEMA, "name": "edge-runtime", "engine": ENGINE})
+    return _zipped(out, "edge-runtime", None, manifest, target, greengrass.RUNTIME_COMPONENT)
+
+
+def _zipped(out: Path, kebab: str, name: str | None, manifest: str, target: Target, component: str) -> dict[str, Any]:
+    """Zip a bundle for Greengrass and return its artifact, with the recipe as its template."""
+    archive = out / "upload" / f"{kebab}.zip"
+    archive.parent.mkdir()
+    write_zip(out / "bundle", archive)
+    files = _files(archive.parent)
+    kind = "greengrass-model" if name else "greengrass-runtime"
+    artifact = _artifact(kebab, name, "edge", kind, manifest, files, {}, archive.parent, target.max_size_mb)
+    uri = f"s3://@BUCKET@/{artifact['key']}{archive.name}"
+    recipe = (
+        greengrass.model_recipe(kebab, "VERSION", uri) if name else greengrass.runtime_recipe(kebab, "VERSION", uri)
+    )
+    # of the recipe too: a published version can never change, so all that it says must be in its version
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+    recipe["ComponentVersion"] = version = f"1.0.{int(digest[:7], 16)}"
+    artifact["template"] = {"recipe": recipe}
+    if name:
+        artifact["template"]["model"] = f"{component}/{version}/{kebab}/@ATTESTATION@"
+    return artifact
+
+
+def write_zip(tree: Path, archive: Path) -> None:
+    """Zip a folder to the same bytes everywhere: sorted names, one time, one mode, stored (zlib's output varies)."""
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as stream:
+        for path in sorted(p for p in tree.rglob("*") if p.is_file()):
+            entry = zipfile.ZipInfo(path.relative_to(tree).as_posix(), (1980, 1, 1, 0, 0, 0))
+            entry.create_system = 3
+            entry.external_attr = 0o100644 << 16
+            stream.writestr(entry, path.read_bytes())
+
+
+def _artifact(
+    kebab: str, name: str | None, place: TargetName, kind: str, manifest: str, files: tuple[File, ...],
+    template: dict[str, Any], root: Path, most_mb: float,
+) -> dict[str, Any]:  # fmt: skip
+    size = sum(file.bytes for file in files)
+    if size > most_mb * 1e6:
+        raise ShipyardError(
+            f"bundle: {kebab}: too large for target {place}", value=f"{size / 1e6:.1f} MB", allowed=f"{most_mb} MB at most",
+            mend="choose a smaller precision or dimension, or raise max_size_mb in fleet.toml",
+        )  # fmt: skip
+    digest = files_digest(files)
+    return {
+        "name": kebab, "submodel": name, "target": place, "kind": kind, "key": artifact_key(kebab, digest),
+        "digest": digest, "manifest": manifest, "files": [file.model_dump() for file in files], "template": template,
+        "folder": root.name,
+    }  # fmt: skip
+
+
+def _golden(data: Path, name: str, model: Model) -> list[dict[str, Any]]:
+    """Return three real requests with the model's answers, and one without a history."""
+    behaviour = load_behaviour(data)
+    examples = Examples(behaviour, VALIDATION, 64, (name,))
+    _, _, baskets, queries = examples.of(name)
+    requests: list[dict[str, Any]] = [{"history": []}]
+    for basket in baskets[:3].tolist():
+        rows, days = behaviour.past(basket)
+        products = behaviour.product_id[rows[-40:]].tolist()
+        events = [{"product": p, "days_ago": round(d, 3)} for p, d in zip(products, days[-40:].tolist(), strict=True)]
+        requests.append({"history": events})
+    if model.task == "search":
+        for request, query in zip(requests, queries[:4].tolist(), strict=True):
+            request["query"] = behaviour.paths[query]
+    return [{"request": r, "answer": a} for r, a in zip(requests, model.predict(requests), strict=True)]
+
+
+def _seal(tree: Path, document: dict[str, Any]) -> str:
+    """Write bundle.json with the digests of all other files; return its own digest."""
+    document["files"] = [file.model_dump() for file in _files(tree)]
+    text = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    _write(tree / MANIFEST, text)
+    return sha256_file(tree / MANIFEST)
+
+
+def _files(tree: Path) -> tuple[File, ...]:
+    paths = sorted(path for path in tree.rglob("*") if path.is_file())
+    return tuple(
+        File(path=p.relative_to(tree).as_posix(), sha256=sha256_file(p), bytes=p.stat().st_size) for p in paths
+    )
+
+
+def _copy_code(into: Path, entries: tuple[str, ...]) -> None:
+    """Copy the runtime's code: what every target runs, and the entry points of this one."""
+    for name in ("__init__.py", "errors.py", "history.py", "runtime.py", "trust.py", *entries):
+        _copy(CODE / name, into / name)
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(source.read_bytes())
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8", newline="\n")

@@ -1,0 +1,217 @@
+"""Export: a stand-alone sub-model to ONNX, checked against torch on real and on extreme input.
+
+The graph ranks: its outputs are the first rows [B, 100] and their scores. IR and opset stay within what ONNX Runtime
+1.23 and newer read, the oldest engine that a target runs.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from models import trunk
+from models.behaviour import VALIDATION, Ints, load_behaviour
+from models.config import Finetune
+from serve.errors import ShipyardError
+from serve.history import FEATURES, LIMIT
+from shipyard.evaluate import PLACES, Examples, ndcg
+from shipyard.finetune import tokenise
+from shipyard.split import load_alone
+
+OPSET = 20
+IR_VERSION = 10
+RETURNED = 100
+"""Rows that a graph returns for each request."""
+
+TOLERANCE = 1e-4
+"""Largest difference of a logit between torch and fp32 ONNX, relative to the largest logit."""
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+class Ranker(nn.Module):
+    """A stand-alone sub-model that returns its best rows and their scores instead of all logits."""
+
+    def __init__(self, alone: trunk.Standalone) -> None:
+        super().__init__()
+        self.alone = alone
+        self.returned = min(RETURNED, len(alone.vectors) - 1)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return rows [B, 100] and scores [B, 100], the highest first."""
+        scores, rows = torch.topk(self.alone(*inputs), self.returned, dim=1)
+        return rows, scores
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Requests in a model's input form, with the right answers [B, K] where they are known."""
+
+    inputs: Arrays
+    relevant: Ints
+
+    def batches(self, size: int) -> list[Arrays]:
+        """Cut the inputs into batches; padding that a batch does not need is cut off."""
+        n = len(self.relevant)
+        return [trim({name: value[k : k + size] for name, value in self.inputs.items()}) for k in range(0, n, size)]
+
+
+def export(data: Path, alone: Path, base: Path, config: Finetune, name: str, out: Path) -> dict[str, Any]:
+    """Write model.onnx in fp32 and check it against torch.
+
+    Returns:
+        The form's record: bytes, parity (largest relative difference of a logit), order (part of equal top-10 places).
+
+    Raises:
+        ShipyardError: parity is missed, a value is no number, or the graph is newer than the engines.
+    """
+    model = load_alone(alone, base, config, name)
+    file = out / "model.onnx"
+    to_onnx(Ranker(model), file)
+    check_versions(file)
+    _, tokenizer = trunk.load_tower(base)
+    examples = Examples(load_behaviour(data), VALIDATION, 64, (name,))
+    session = open_session(file)
+    parity, order = 0.0, []
+    for case, inputs in cases(model.inputs, examples, tokenizer, name):
+        rows, scores = run(session, inputs)
+        with torch.inference_mode():
+            logits = model(*(torch.from_numpy(inputs[i]) for i in model.inputs)).numpy()
+        if not np.isfinite(scores).all():
+            raise ShipyardError(f"export: {name}: a score is no finite number on {case}")
+        expected = np.argsort(-logits, axis=1, kind="stable")[:, :PLACES]
+        parity = max(
+            parity, float(np.abs(scores - np.take_along_axis(logits, rows, 1)).max() / np.abs(logits[:, 1:]).max())
+        )
+        # equal scores may come in either order
+        same = np.take_along_axis(logits, rows[:, :PLACES], 1) == np.take_along_axis(logits, expected, 1)
+        order.append(((rows[:, :PLACES] == expected) | same).mean())
+    if not parity <= TOLERANCE:
+        raise ShipyardError(
+            f"export: {name}: ONNX differs from torch", value=f"{parity:.2e}", allowed=f"{TOLERANCE} of the largest logit",
+            mend="look for an operator that the exporter approximates",
+        )  # fmt: skip
+    return {"precision": "fp32", "bytes": file.stat().st_size, "parity": parity, "order": float(np.mean(order))}
+
+
+def to_onnx(ranker: Ranker, file: Path) -> None:
+    """Export with a free number of requests, of items in a history and of tokens."""
+    names = ranker.alone.inputs
+    # two tensors: one object given twice becomes one input in the graph
+    text = [torch.ones(2, 7, dtype=torch.long) for _ in range(2)] if "query_ids" in names else []
+    example = (*text, torch.tensor([[1, 2, 0], [1, 0, 0]]), torch.rand(2, 3, len(FEATURES)))
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    length = torch.export.Dim("items", min=1, max=LIMIT)
+    tokens = torch.export.Dim("tokens", min=1, max=trunk.MAX_TOKENS)
+    shapes = tuple({0: batch, 1: tokens if name.startswith("query") else length} for name in names)
+    program = torch.onnx.export(
+        ranker.eval(), example, dynamo=True, opset_version=OPSET, input_names=list(names), verbose=False,
+        output_names=["rows", "scores"], dynamic_shapes=(shapes,),
+    )  # fmt: skip
+    assert program is not None
+    model = program.model_proto
+    model.ir_version = IR_VERSION
+    # the exporter notes source lines and folders of this machine, which no artifact needs and which change its bytes
+    for node in model.graph.node:
+        scopes = [p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"]
+        del node.metadata_props[:]
+        node.doc_string = ""
+        if scopes and "alone.tower" in scopes[0]:
+            node.metadata_props.add(key="part", value="tower")
+    for value in (*model.graph.value_info, *model.graph.initializer, *model.graph.input, *model.graph.output):
+        del value.metadata_props[:]
+    del model.metadata_props[:], model.graph.metadata_props[:]
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, file)
+
+
+def check_versions(file: Path) -> None:
+    """Refuse a graph that the oldest engine of a target cannot read."""
+    model = onnx.load(file, load_external_data=False)
+    opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    if model.ir_version > IR_VERSION or opset > OPSET:
+        raise ShipyardError(
+            f"{file}: too new for the engines", value=f"IR {model.ir_version}, opset {opset}",
+            allowed=f"IR {IR_VERSION}, opset {OPSET} at most",
+        )  # fmt: skip
+
+
+def cases(
+    names: tuple[str, ...], examples: Examples, tokenizer: PreTrainedTokenizerBase, name: str
+) -> list[tuple[str, Arrays]]:
+    """Return named inputs: real ones, an empty history, an empty, a longest and a Chinese query, the longest history."""
+    view, _, _, queries = examples.of(name)
+    texts = [examples.behaviour.paths[q] for q in queries]
+    rows = int(view.items.max())
+    rng = np.random.default_rng(0)
+    longest = rng.permutation(np.resize(np.arange(1, rows + 1), LIMIT))[None]
+    none, told = np.zeros((1, 1), np.int64), np.zeros((1, 1, len(FEATURES)), np.float32)
+    found = [
+        ("real requests", texts, view.items, view.features),
+        ("an empty request", [""], none, told),
+        ("the longest history", ["frozen pizza"], longest, rng.random((1, LIMIT, len(FEATURES)), np.float32) * 4),
+    ]
+    if "query_ids" in names:
+        found += [
+            ("the longest query", ["chocolate " * 100], none, told),
+            ("a Chinese query", ["冷冻比萨 牛奶"], view.items[:1], view.features[:1]),
+        ]
+    return [(case, encode_inputs(names, tokenizer, *rest)) for case, *rest in found]
+
+
+def encode_inputs(
+    names: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    items: Ints,
+    features: npt.NDArray[np.float32],
+) -> Arrays:
+    """Return the arrays that a model takes, by name."""
+    given: Arrays = {"items": items, "features": features}
+    if "query_ids" in names:
+        ids, mask = tokenise(tokenizer, texts)
+        given |= {"query_ids": ids.numpy(), "query_mask": mask.numpy()}
+    return {name: given[name] for name in names}
+
+
+def requests(names: tuple[str, ...], examples: Examples, tokenizer: PreTrainedTokenizerBase, name: str) -> Requests:
+    """Return the examples of a period as requests."""
+    view, relevant, _, queries = examples.of(name)
+    texts = [examples.behaviour.paths[q] for q in queries]
+    return Requests(encode_inputs(names, tokenizer, texts, view.items, view.features), relevant)
+
+
+def trim(inputs: Arrays) -> Arrays:
+    """Cut off columns that are padding in every request, one column left at least."""
+    items = max(1, int((inputs["items"] != 0).sum(1).max()))
+    cut = {"items": inputs["items"][:, :items], "features": inputs["features"][:, :items]}
+    if "query_mask" in inputs:
+        tokens = int(inputs["query_mask"].sum(1).max())
+        cut |= {"query_ids": inputs["query_ids"][:, :tokens], "query_mask": inputs["query_mask"][:, :tokens]}
+    return {name: cut[name] for name in inputs}
+
+
+def open_session(file: Path) -> ort.InferenceSession:
+    """Open a graph on the CPU, as the runtimes do."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    return ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+
+def run(session: ort.InferenceSession, inputs: Arrays) -> tuple[Ints, npt.NDArray[np.float32]]:
+    """Return rows [B, 100] and scores [B, 100]."""
+    rows, scores = session.run(["rows", "scores"], inputs)
+    return rows, scores
+
+
+def score_onnx(session: ort.InferenceSession, wanted: Requests, batch: int = 64) -> npt.NDArray[np.float64]:
+    """Return nDCG@10 [B] of a graph on requests with known answers."""
+    ranked = np.concatenate([run(session, inputs)[0][:, :PLACES] for inputs in wanted.batches(batch)])
+    return ndcg(ranked, wanted.relevant)

@@ -1,0 +1,208 @@
+"""Quantise: the form that a target serves, gated again by parity of rank and by the loss of the metric.
+
+int8 is weights alone, one scale a row (blocks of 16 to 128 inputs where a row is longer): ONNX Runtime's MatMulNBits with
+8 bits. Activations keep their own scale for each row, so that a request alone and in a batch gets the same answer; a
+dynamic scale for a whole batch does not do that. fp16 lets the text tower compute in half precision and stores the large
+tables so; what scores stays in fp32, for 90,000 products crowd a logit's fp16 steps.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
+from onnxruntime.transformers.float16 import convert_float_to_float16
+
+from models import trunk
+from models.behaviour import VALIDATION, load_behaviour
+from models.config import Target
+from serve.errors import ShipyardError
+from shipyard.evaluate import PLACES, Examples
+from shipyard.export import Requests, check_versions, open_session, requests, run, score_onnx, trim
+
+LARGE = 65536
+"""Elements from which a weight is worth quantising."""
+
+SAME = 1e-3
+"""Largest difference of a score between a request alone and in a batch, relative to the largest score."""
+
+
+def quantise(
+    data: Path, exported: Path, base: Path, target: Target, name: str, examples: int, out: Path
+) -> dict[str, Any]:
+    """Write model.onnx in the precision of its target and hold it to the target's gate on validation examples.
+
+    Returns:
+        Two forms' records: fp32, and the target's.
+
+    Raises:
+        ShipyardError: the metric loses more than `target.max_loss`, or a batch changes a request's answer.
+    """
+    source, file = exported / "model.onnx", out / "model.onnx"
+    model = onnx.load(source)
+    if target.precision == "fp16":
+        model = to_fp16(model)
+    elif target.precision == "int8":
+        to_int8(model.graph)
+        model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    for node in model.graph.node:
+        del node.metadata_props[:]
+    onnx.save(model, file)
+    check_versions(file)
+
+    _, tokenizer = trunk.load_tower(base)
+    plain, small = open_session(source), open_session(file)
+    names = tuple(i.name for i in plain.get_inputs())
+    wanted = requests(names, Examples(load_behaviour(data), VALIDATION, examples, (name,)), tokenizer, name)
+    before, after = score_onnx(plain, wanted), score_onnx(small, wanted)
+    loss = float((before.mean() - after.mean()) / max(before.mean(), 1e-9))
+    if not loss <= target.max_loss:
+        raise ShipyardError(
+            f"quantise: {name}: {target.precision} costs too much of the metric", value=f"{loss:.2%}",
+            allowed=f"{target.max_loss:.2%} at most", mend="choose another precision for the target in fleet.toml",
+        )  # fmt: skip
+    parity, order = _compare(plain, small, wanted)
+    alone = _alone_against_batch(small, wanted)
+    if not alone <= SAME:
+        raise ShipyardError(
+            f"quantise: {name}: a request's scores change with the batch that it comes in", value=f"{alone:.1e}",
+            allowed=f"{SAME} of the largest score", mend="quantise activations by row, not by batch",
+        )  # fmt: skip
+    form = {
+        "precision": target.precision, "bytes": file.stat().st_size, "parity": parity, "order": order, "loss": loss,
+        "latency_ms": latency(small, wanted),
+    }  # fmt: skip
+    return {
+        "fp32_latency_ms": latency(plain, wanted),
+        "metric_fp32": float(before.mean()),
+        "form": form,
+        "alone": alone,
+    }
+
+
+def to_fp16(model: ModelProto) -> ModelProto:
+    """Let the text tower compute in fp16, and store other large tables in it with a cast where they are used."""
+    rest = [n.name for n in model.graph.node if not any(p.key == "part" for p in n.metadata_props)]
+    if len(rest) < len(model.graph.node):
+        # fp16 has no value for the attention mask's -3.4e38: the converter clips it to the lowest that it has
+        model = convert_float_to_float16(model, keep_io_types=True, node_block_list=rest, disable_shape_infer=True)
+    graph = model.graph
+    del graph.value_info[:]  # types of before
+    for tensor in list(graph.initializer):
+        if tensor.data_type == onnx.TensorProto.FLOAT and np.prod(tensor.dims) >= LARGE:
+            half = numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), f"{tensor.name}_fp16")
+            graph.initializer.remove(tensor)
+            graph.initializer.append(half)
+            cast = helper.make_node(
+                "Cast", [half.name], [tensor.name], f"{tensor.name}_cast", to=onnx.TensorProto.FLOAT
+            )
+            graph.node.insert(0, cast)
+    return model
+
+
+def to_int8(graph: GraphProto) -> None:
+    """Replace large weights of MatMul, and tables that the same weights are gathered from, by 8-bit ones in place."""
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    turned = {n.output[0]: n for n in graph.node if n.op_type == "Transpose" and n.input[0] in weights}
+    for node in [n for n in graph.node if n.op_type == "MatMul"]:
+        source = node.input[1]
+        name = turned[source].input[0] if source in turned else source
+        if name not in weights or len(weights[name].dims) != 2 or np.prod(weights[name].dims) < LARGE:
+            continue
+        array = numpy_helper.to_array(weights[name]).astype(np.float32)
+        rows = array if source in turned else array.T  # [outputs, inputs]
+        block = min(128, int(rows.shape[1] & -rows.shape[1]))
+        if block < 16:
+            continue
+        codes, scales = rows_to_int8(rows, block)
+        codes_name, scales_name = f"{name}_int8", f"{name}_scale"
+        graph.initializer.extend(
+            [numpy_helper.from_array(codes, codes_name), numpy_helper.from_array(scales, scales_name)]
+        )
+        product = helper.make_node(
+            "MatMulNBits", [node.input[0], codes_name, scales_name], list(node.output), node.name, domain="com.microsoft",
+            K=rows.shape[1], N=rows.shape[0], bits=8, block_size=block, accuracy_level=4,
+        )  # fmt: skip
+        _replace(graph, node, [product])
+        if source in turned:
+            for gather in [n for n in graph.node if n.op_type == "Gather" and n.input[0] == name]:
+                _replace(graph, gather, _gather_int8(graph, gather, codes_name, scales_name, rows.shape[1]))
+    used = {name for node in graph.node for name in node.input}
+    for node in turned.values():
+        if node.output[0] not in used:
+            graph.node.remove(node)
+    used = {name for node in graph.node for name in node.input}
+    for tensor in weights.values():
+        if tensor.name not in used:
+            graph.initializer.remove(tensor)
+
+
+def rows_to_int8(rows: npt.NDArray[np.float32], block: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+    """Return codes [n, k / block, block], 128 for zero, and scales [n, k / block], symmetric and rounded to nearest."""
+    blocks = rows.reshape(len(rows), -1, block)
+    scales = np.abs(blocks).max(2) / 127
+    codes = np.round(np.divide(blocks, scales[..., None], out=np.zeros_like(blocks), where=scales[..., None] > 0))
+    return (codes + 128).astype(np.uint8), scales.astype(np.float32)
+
+
+def _gather_int8(graph: GraphProto, gather: NodeProto, codes: str, scales: str, width: int) -> list[NodeProto]:
+    """Return nodes that gather rows of 8-bit codes and give them back as floats."""
+    name = gather.output[0]
+    zero, shape, last = f"{name}_zero", f"{name}_shape", f"{name}_last"
+    graph.initializer.extend(
+        [
+            numpy_helper.from_array(np.array(128, np.float32), zero),
+            numpy_helper.from_array(np.array([0, 0, width], np.int64), shape),
+            numpy_helper.from_array(np.array([-1], np.int64), last),
+        ]
+    )
+    return [
+        helper.make_node("Gather", [codes, gather.input[1]], [f"{name}_codes"]),
+        helper.make_node("Cast", [f"{name}_codes"], [f"{name}_float"], to=onnx.TensorProto.FLOAT),
+        helper.make_node("Sub", [f"{name}_float", zero], [f"{name}_centred"]),
+        helper.make_node("Gather", [scales, gather.input[1]], [f"{name}_scales"]),
+        helper.make_node("Unsqueeze", [f"{name}_scales", last], [f"{name}_wide"]),
+        helper.make_node("Mul", [f"{name}_centred", f"{name}_wide"], [f"{name}_blocks"]),
+        helper.make_node("Reshape", [f"{name}_blocks", shape], [name]),
+    ]
+
+
+def _replace(graph: GraphProto, node: NodeProto, by: list[NodeProto]) -> None:
+    at = list(graph.node).index(node)
+    graph.node.remove(node)
+    for new in reversed(by):
+        graph.node.insert(at, new)
+
+
+def _compare(plain: Any, small: Any, wanted: Requests) -> tuple[float, float]:
+    """Return the largest difference of a first score relative to the largest, and the part of equal top-10 places."""
+    worst, equal = 0.0, []
+    for inputs in wanted.batches(64):
+        rows, scores = run(plain, inputs)
+        other_rows, other = run(small, inputs)
+        worst = max(worst, float(np.abs(scores[:, 0] - other[:, 0]).max() / np.abs(scores).max()))
+        equal.append((rows[:, :PLACES] == other_rows[:, :PLACES]).mean())
+    return worst, float(np.mean(equal))
+
+
+def _alone_against_batch(session: Any, wanted: Requests, requests: int = 16) -> float:
+    """Return the largest difference of a score of the top ten between requests alone and in one batch."""
+    _, together = run(session, wanted.batches(requests)[0])
+    alone = np.concatenate([run(session, inputs)[1] for inputs in wanted.batches(1)[: len(together)]])
+    return float(np.abs(together[:, :PLACES] - alone[:, :PLACES]).max() / np.abs(together[:, :PLACES]).max())
+
+
+def latency(session: Any, wanted: Requests, rounds: int = 30) -> float:
+    """Return the median time of one request in milliseconds on this machine, after a warm-up."""
+    singles = [trim(inputs) for inputs in wanted.batches(1)[:rounds]]
+    for inputs in singles[:3]:
+        run(session, inputs)
+    seconds = []
+    for inputs in singles:
+        start = time.perf_counter()
+        run(session, inputs)
+        seconds.append(time.perf_counter() - start)
+    return round(1000 * float(np.median(seconds)), 3)

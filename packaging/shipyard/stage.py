@@ -1,0 +1,174 @@
+"""Stages: each writes a folder and a stage.json, is skipped while nothing that it depends on has changed, and goes on
+after a kill.
+
+A stage's key hashes its inputs' digests, its configuration, the source of every module of ours that it imports, and the
+versions of every library that those import. While it works, it writes into a folder beside its own that bears its key;
+that folder is renamed when it is complete, so what lies under a stage's name is whole. A stage that is killed finds its
+folder again, with what it had finished, as long as its key is the same.
+"""
+
+import ast
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import rfc8785
+
+from serve.errors import ShipyardError
+from serve.trust import read_json, sha256_file
+
+OURS = ("models", "shipyard", "serve")
+RECORD = "stage.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a finished stage left: its folder, the digest of its output, what it had to say, and whether it was skipped."""
+
+    folder: Path
+    digest: str
+    said: dict[str, Any]
+    skipped: bool
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of one unit ("joint", or a sub-model), with what its result depends on.
+
+    `modules` are the modules whose code decides the result, their imports included by themselves.
+    """
+
+    name: str
+    unit: str
+    inputs: tuple[Record, ...]
+    config: Mapping[str, Any]
+    modules: tuple[str, ...]
+    work: Callable[[Path], dict[str, Any]]
+
+    @property
+    def key(self) -> str:
+        """Return the digest of everything that the result depends on."""
+        sources, libraries = closure(self.modules)
+        return _digest(
+            {
+                "inputs": [record.digest for record in self.inputs],
+                "config": dict(self.config),
+                "code": {name: sha256_file(path) for name, path in sources.items()},
+                "libraries": libraries,
+                "python": ".".join(map(str, sys.version_info[:2])),
+            }
+        )
+
+    def run(self, build: Path) -> Record:
+        """Do the work, or find that it is done."""
+        folder = build / self.unit / self.name
+        key = self.key
+        if (record := _whole(folder, key)) is not None:
+            return record
+        work = folder.with_name(f".{self.name}-{key[:16]}")
+        if _whole(work, key) is None:
+            for stale in folder.parent.glob(f".{self.name}-*"):
+                if stale != work:
+                    shutil.rmtree(stale)
+            (work / RECORD).unlink(missing_ok=True)
+            work.mkdir(parents=True, exist_ok=True)
+            said = self.work(work)
+            files = {
+                path.relative_to(work).as_posix(): sha256_file(path)
+                for path in sorted(work.rglob("*"))
+                if path.is_file()
+            }
+            document = {"key": key, "files": files, "digest": _digest(files), "said": said}
+            write(work / RECORD, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))
+        if folder.exists():
+            shutil.rmtree(folder)
+        work.rename(folder)
+        record = _whole(folder, key)
+        assert record is not None, f"{folder} is not whole after it was written"
+        return Record(record.folder, record.digest, record.said, skipped=False)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text file so that a kill or a full disk leaves the old one or the new one, never a part."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    part.replace(path)
+
+
+def closure(modules: tuple[str, ...]) -> tuple[dict[str, Path], dict[str, str]]:
+    """Return the files of our modules that `modules` reach by imports, and the libraries' versions that these name."""
+    sources: dict[str, Path] = {}
+    libraries: dict[str, str] = {}
+    waiting = list(modules)
+    while waiting:
+        name = waiting.pop()
+        path = _source(name)
+        if name in sources or path is None:
+            continue
+        sources[name] = path
+        for imported in _imports(path):
+            top = imported.split(".")[0]
+            if top in OURS:
+                waiting += [imported, imported.rpartition(".")[0]]
+            else:
+                libraries |= {dist: importlib.metadata.version(dist) for dist in _distributions().get(top, [])}
+    return dict(sorted(sources.items())), dict(sorted(libraries.items()))
+
+
+@functools.cache
+def _distributions() -> Mapping[str, list[str]]:
+    return importlib.metadata.packages_distributions()
+
+
+@functools.cache
+def _source(name: str) -> Path | None:
+    """Return the file of a module of ours; None for what is no module, as a name imported from one."""
+    top, *rest = name.split(".")
+    # find_spec of a submodule would import its parents, torch and all
+    spec = importlib.util.find_spec(top) if top in OURS else None
+    for location in spec.submodule_search_locations or () if spec else ():
+        for path in (Path(location, *rest, "__init__.py"), Path(location, *rest).with_suffix(".py")):
+            if path.is_file():
+                return path
+    return None
+
+
+def _imports(path: Path) -> Iterator[str]:
+    """Name everything that a file imports, each name of `from a import b` as a.b too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None and node.level == 0:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _whole(folder: Path, key: str) -> Record | None:
+    """Return the record of a folder that was written under `key` and whose files are as they were; else None."""
+    if not (folder / RECORD).is_file():
+        return None
+    try:
+        document = read_json(folder / RECORD)
+        files, digest, said = document["files"], document["digest"], document["said"]
+        whole = document["key"] == key and all(sha256_file(folder / name) == found for name, found in files.items())
+    except (ShipyardError, OSError, KeyError, TypeError, AttributeError) as fault:
+        # a damaged record only means that the stage runs again
+        print(f"{folder}: {type(fault).__name__}: made again", file=sys.stderr)
+        return None
+    return Record(folder, digest, said, skipped=True) if whole else None
+
+
+def _digest(document: Any) -> str:
+    return hashlib.sha256(rfc8785.dumps(document)).hexdigest()
