@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 Task = Literal["search", "recommend"]
 
+MAX_TOKENS = 32
+"""Tokens of a text or query that the tower reads; the longest product text of the sample has 30."""
+
 REQUIRED = ("TASK", "METRIC", "TEACHER", "BASELINES", "Head", "rows", "relevant")
 """What models/<name>.py defines; a test holds every file to it."""
 

@@ -20,9 +20,6 @@ RECENT = 64
 
 USER_LAYERS = 2
 
-MAX_TOKENS = 32
-"""Tokens of a text or query; the longest product text of the sample has 30."""
-
 PADDING_LOGIT = -1e4
 """Score of row 0: below all others, and still a number in fp16."""
 

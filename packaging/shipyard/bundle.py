@@ -39,6 +39,9 @@ COPY requirements.txt /tmp/requirements.txt
 RUN pip install --no-cache-dir --requirement /tmp/requirements.txt
 COPY serve /app/serve
 ENV PYTHONPATH=/app PYTHONUNBUFFERED=1 ORT_DISABLE_TELEMETRY=1
+# the volume that the model is fetched into: it takes the owner of the folder that it is mounted over
+RUN mkdir /model && chown 10001:10001 /model
+VOLUME /model
 USER 10001
 ENTRYPOINT ["python"]
 CMD ["-m", "serve.server", "--help"]

@@ -1,11 +1,11 @@
-"""Evaluate: one metric for every form of a sub-model, intervals, baselines, and the gates.
+"""Evaluate: one metric for every form of a sub-model, intervals, and baselines.
 
 The metric is nDCG@10 over the full ranking with binary gains; sampled negatives mislead (Krichene and Rendle, KDD 2020).
 Intervals are percentile bootstraps over households (Efron 1979): one example a household, so examples are resampled.
 Differences are paired. Choices are made on validation, the test period is scored for the release.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from models import submodel, trunk
 from models.behaviour import TEST, VALIDATION, Behaviour, Ints, View, load_behaviour
-from models.config import Finetune, Gate, Profile
+from models.config import Finetune, Profile
 from serve.errors import ShipyardError
 from shipyard.finetune import Batches, Progress, Vectors, build_joint, load_vectors
 
@@ -144,8 +144,6 @@ def evaluate(
             rule_name: float(ndcg(rank_by_rule(rule, behaviour, rows, baskets, queries), right).mean())
             for rule_name, rule in module.BASELINES.items()
         }
-        if name_of_places := {rule for rule in rules if not np.isfinite(rules[rule])}:
-            raise ShipyardError(f"evaluate: {name}: baseline is no number", value=", ".join(name_of_places))
         best = max(rules, key=lambda rule: rules[rule])
         view, relevant, baskets, queries = test.of(name)
         by_rule = ndcg(rank_by_rule(module.BASELINES[best], behaviour, rows, baskets, queries), relevant)
@@ -164,21 +162,3 @@ def evaluate(
         }
     progress("evaluate", len(names), len(names))
     return record
-
-
-def hold(scores: Mapping[str, Any], profile: Profile) -> None:
-    """Hold every sub-model to its gates: fail closed when one is missed, or when a figure is not a number.
-
-    Raises:
-        ShipyardError: a gate is missed; nothing after this stage runs.
-    """
-    for name, score in scores.items():
-        gate = profile.gate.get(name, profile.default_gate)
-        for bound in Gate.model_fields:
-            low, least = score[bound]["low"], getattr(gate, bound)
-            if not low >= least:
-                raise ShipyardError(
-                    f"gate: {name}: {score['metric']} {bound} is too low: its 95 % interval starts at {low:+.4f}",
-                    value=f"{score[bound]['value']:+.4f}", allowed=f"{least:+.4f} or more at the interval's lower end",
-                    mend="train longer or on more data; the gate is in fleet.toml under the profile",
-                )  # fmt: skip

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from models import trunk
+from models import submodel, trunk
 from models.behaviour import VALIDATION, Ints, load_behaviour
 from models.config import Finetune
 from serve.errors import ShipyardError
@@ -109,7 +109,7 @@ def to_onnx(ranker: Ranker, file: Path) -> None:
     example = (*text, torch.tensor([[1, 2, 0], [1, 0, 0]]), torch.rand(2, 3, len(FEATURES)))
     batch = torch.export.Dim("batch", min=1, max=4096)
     length = torch.export.Dim("items", min=1, max=LIMIT)
-    tokens = torch.export.Dim("tokens", min=1, max=trunk.MAX_TOKENS)
+    tokens = torch.export.Dim("tokens", min=1, max=submodel.MAX_TOKENS)
     shapes = tuple({0: batch, 1: tokens if name.startswith("query") else length} for name in names)
     program = torch.onnx.export(
         ranker.eval(), example, dynamo=True, opset_version=OPSET, input_names=list(names), verbose=False,

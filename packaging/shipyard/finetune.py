@@ -118,8 +118,8 @@ def encode(
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """Return ids and mask [n, L], L at most trunk.MAX_TOKENS."""
-    tokens = tokenizer(texts, padding=True, truncation=True, max_length=trunk.MAX_TOKENS, return_tensors="pt")
+    """Return ids and mask [n, L], L at most submodel.MAX_TOKENS."""
+    tokens = tokenizer(texts, padding=True, truncation=True, max_length=submodel.MAX_TOKENS, return_tensors="pt")
     return tokens["input_ids"], tokens["attention_mask"]
 
 

@@ -2,8 +2,8 @@
 
 int8 is weights alone, one scale a row (blocks of 16 to 128 inputs where a row is longer): ONNX Runtime's MatMulNBits with
 8 bits. Activations keep their own scale for each row, so that a request alone and in a batch gets the same answer; a
-dynamic scale for a whole batch does not do that. fp16 lets the text tower compute in half precision and stores the large
-tables so; what scores stays in fp32, for 90,000 products crowd a logit's fp16 steps.
+dynamic scale for a whole batch does not do that. fp16 lets the text tower compute in half precision and stores the
+large tables so; what scores stays in fp32, for 90,000 products crowd a logit's fp16 steps.
 """
 
 import time
@@ -46,7 +46,8 @@ def quantise(
     if target.precision == "fp16":
         model = to_fp16(model)
     elif target.precision == "int8":
-        to_int8(model.graph)
+        if not to_int8(model.graph):
+            raise ShipyardError(f"quantise: {name}: no weight is large enough for int8", mend="choose fp32 for its target")
         model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     for node in model.graph.node:
         del node.metadata_props[:]
@@ -103,17 +104,25 @@ def to_fp16(model: ModelProto) -> ModelProto:
     return model
 
 
-def to_int8(graph: GraphProto) -> None:
-    """Replace large weights of MatMul, and tables that the same weights are gathered from, by 8-bit ones in place."""
+def to_int8(graph: GraphProto) -> int:
+    """Replace large weights of MatMul and Gemm by 8-bit ones in place, tables that are also gathered from included.
+
+    Returns:
+        How many weights were replaced.
+    """
     weights = {tensor.name: tensor for tensor in graph.initializer}
     turned = {n.output[0]: n for n in graph.node if n.op_type == "Transpose" and n.input[0] in weights}
-    for node in [n for n in graph.node if n.op_type == "MatMul"]:
+    replaced: dict[str, tuple[str, str, int]] = {}
+    for node in [n for n in graph.node if n.op_type in ("MatMul", "Gemm")]:
         source = node.input[1]
         name = turned[source].input[0] if source in turned else source
-        if name not in weights or len(weights[name].dims) != 2 or np.prod(weights[name].dims) < LARGE:
+        settings = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        plain = settings.get("alpha", 1.0) == settings.get("beta", 1.0) == 1.0 and not settings.get("transA", 0)
+        if not plain or name not in weights or len(weights[name].dims) != 2 or np.prod(weights[name].dims) < LARGE:
             continue
         array = numpy_helper.to_array(weights[name]).astype(np.float32)
-        rows = array if source in turned else array.T  # [outputs, inputs]
+        by_row = (source in turned) != bool(settings.get("transB", 0))  # [outputs, inputs] as it is stored
+        rows = array if by_row else array.T
         block = min(128, int(rows.shape[1] & -rows.shape[1]))
         if block < 16:
             continue
@@ -122,22 +131,30 @@ def to_int8(graph: GraphProto) -> None:
         graph.initializer.extend(
             [numpy_helper.from_array(codes, codes_name), numpy_helper.from_array(scales, scales_name)]
         )
+        biased = len(node.input) > 2
+        result = f"{node.output[0]}_product" if biased else node.output[0]
         product = helper.make_node(
-            "MatMulNBits", [node.input[0], codes_name, scales_name], list(node.output), node.name, domain="com.microsoft",
+            "MatMulNBits", [node.input[0], codes_name, scales_name], [result], node.name, domain="com.microsoft",
             K=rows.shape[1], N=rows.shape[0], bits=8, block_size=block, accuracy_level=4,
         )  # fmt: skip
-        _replace(graph, node, [product])
-        if source in turned:
-            for gather in [n for n in graph.node if n.op_type == "Gather" and n.input[0] == name]:
-                _replace(graph, gather, _gather_int8(graph, gather, codes_name, scales_name, rows.shape[1]))
-    used = {name for node in graph.node for name in node.input}
-    for node in turned.values():
-        if node.output[0] not in used:
-            graph.node.remove(node)
-    used = {name for node in graph.node for name in node.input}
-    for tensor in weights.values():
-        if tensor.name not in used:
-            graph.initializer.remove(tensor)
+        added = [helper.make_node("Add", [result, node.input[2]], [node.output[0]])] if biased else []
+        _replace(graph, node, [product, *added])
+        if by_row:
+            replaced[name] = codes_name, scales_name, rows.shape[1]
+    for gather in [n for n in graph.node if n.op_type == "Gather" and n.input[0] in replaced]:
+        _replace(graph, gather, _gather_int8(graph, gather, *replaced[gather.input[0]]))
+    _drop_unused(graph)
+    return sum(tensor.name.endswith("_int8") for tensor in graph.initializer)
+
+
+def _drop_unused(graph: GraphProto) -> None:
+    """Remove transposes and weights that nothing reads any more."""
+    for kind in (graph.node, graph.initializer):
+        used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+        for thing in list(kind):
+            outputs = thing.output if isinstance(thing, NodeProto) else [thing.name]
+            if not used.intersection(outputs):
+                kind.remove(thing)
 
 
 def rows_to_int8(rows: npt.NDArray[np.float32], block: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:

@@ -18,6 +18,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,15 @@ class Stage:
     modules: tuple[str, ...]
     work: Callable[[Path], dict[str, Any]]
 
-    @property
+    def find(self, build: Path) -> Record | None:
+        """Return the record of an earlier run, if nothing that it depends on has changed since."""
+        return _whole(build / self.unit / self.name, self.key)
+
+    @cached_property
     def key(self) -> str:
         """Return the digest of everything that the result depends on."""
         sources, libraries = closure(self.modules)
-        return _digest(
+        return digest(
             {
                 "inputs": [record.digest for record in self.inputs],
                 "config": dict(self.config),
@@ -70,10 +75,9 @@ class Stage:
 
     def run(self, build: Path) -> Record:
         """Do the work, or find that it is done."""
-        folder = build / self.unit / self.name
-        key = self.key
-        if (record := _whole(folder, key)) is not None:
-            return record
+        if (found := self.find(build)) is not None:
+            return found
+        folder, key = build / self.unit / self.name, self.key
         work = folder.with_name(f".{self.name}-{key[:16]}")
         if _whole(work, key) is None:
             for stale in folder.parent.glob(f".{self.name}-*"):
@@ -87,7 +91,7 @@ class Stage:
                 for path in sorted(work.rglob("*"))
                 if path.is_file()
             }
-            document = {"key": key, "files": files, "digest": _digest(files), "said": said}
+            document = {"key": key, "files": files, "digest": digest(files), "said": said}
             write(work / RECORD, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))
         if folder.exists():
             shutil.rmtree(folder)
@@ -161,14 +165,15 @@ def _whole(folder: Path, key: str) -> Record | None:
         return None
     try:
         document = read_json(folder / RECORD)
-        files, digest, said = document["files"], document["digest"], document["said"]
+        files = document["files"]
         whole = document["key"] == key and all(sha256_file(folder / name) == found for name, found in files.items())
     except (ShipyardError, OSError, KeyError, TypeError, AttributeError) as fault:
         # a damaged record only means that the stage runs again
         print(f"{folder}: {type(fault).__name__}: made again", file=sys.stderr)
         return None
-    return Record(folder, digest, said, skipped=True) if whole else None
+    return Record(folder, document["digest"], document["said"], skipped=True) if whole else None
 
 
-def _digest(document: Any) -> str:
+def digest(document: Any) -> str:
+    """Return the SHA-256 of a JSON document in its canonical form (RFC 8785)."""
     return hashlib.sha256(rfc8785.dumps(document)).hexdigest()

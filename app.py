@@ -1,0 +1,81 @@
+"""Synthesize the fleet: fleet.toml and the signed releases that it names become one stage of stacks an environment.
+
+Context: `-c env=dev,prod` restricts the environments; `-c release=PATH` takes that release for all of them, with the
+trusted keys of `-c keys=FOLDER` or of the folder `keys` beside it. Paths are relative to the folder of this file.
+"""
+
+import sys
+from pathlib import Path
+
+import aws_cdk as cdk
+from constructs import Construct
+
+from infra.cpu import CpuStack
+from infra.edge import EdgeStack
+from infra.gpu import GpuStack
+from infra.network import NetworkStack
+from infra.storage import StorageStack
+from infra.template import placeholders
+from models.config import Fleet, load_fleet
+from models.release import Release, ShipyardError, load_keys, read_release, trusted_key
+
+ROOT = Path(__file__).resolve().parent
+
+
+class FleetStage(cdk.Stage):
+    """Wire the stacks of one environment: what is kept, the network, and one stack a target."""
+
+    def __init__(self, scope: Construct, name: str, *, fleet: Fleet, release: Release, signer: str) -> None:
+        """Make the stacks; `signer` is the public key of the release in OpenSSH's one-line form."""
+        env, stage_name = fleet.env[name], f"{fleet.project.name}-{name.replace('_', '-')}"
+        super().__init__(
+            scope, name, stage_name=stage_name, env=cdk.Environment(account=env.account, region=env.region)
+        )
+        bucket = fleet.bucket(name)
+        values = placeholders(env, bucket=bucket, release=release, trusted_key=signer)
+        storage = StorageStack(self, "storage", bucket_name=bucket, log_group_prefix=f"{stage_name}-")
+        network = NetworkStack(self, "network", settings=env, storage=storage)
+        GpuStack(self, "gpu", settings=env.gpu, release=release, values=values, storage=storage, network=network)
+        CpuStack(self, "cpu", settings=env.cpu, release=release, values=values, storage=storage, network=network)
+        EdgeStack(self, "edge", settings=env.edge, release=release, values=values, storage=storage)
+        # no release among the tags: each release would touch every resource
+        cdk.Tags.of(self).add("project", fleet.project.name)
+        cdk.Tags.of(self).add("environment", name)
+
+
+def build(app: cdk.App, root: Path) -> None:
+    """Add a stage for each environment that is asked for, with the release that it names.
+
+    Raises:
+        ShipyardError: fleet.toml, a release, a key or the context is not what it should be.
+    """
+    fleet = load_fleet(root / "fleet.toml")
+    wanted, release_path, keys_path = (app.node.try_get_context(key) for key in ("env", "release", "keys"))
+    for name in dict.fromkeys(wanted.split(",") if wanted else fleet.env):
+        if name not in fleet.env:
+            raise ShipyardError("-c env: no such environment", value=name, allowed=", ".join(fleet.env))
+        path = root / (release_path or f"releases/{fleet.env[name].release}.json")
+        if not path.is_file():
+            raise ShipyardError(
+                f"env.{name}: no such release", value=str(path), mend="publish it or give one: -c release=PATH"
+            )
+        keys = load_keys(root / keys_path if keys_path else path.parent / "keys")
+        release = read_release(path, keys)
+        FleetStage(app, name, fleet=fleet, release=release, signer=trusted_key(release, keys))
+
+
+def main() -> int:
+    """Synthesize, or print in one line what is wrong."""
+    # traces name a temporary folder of the CDK, so that no two synths would be equal
+    app = cdk.App(stack_traces=False, context={"aws:cdk:disable-creation-stack-traces": True})
+    try:
+        build(app, ROOT)
+    except ShipyardError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return 1
+    app.synth()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Where the fleet runs: one CDK stack a concern, wired by app.py."""

@@ -1,0 +1,216 @@
+"""shipyard: parse, run one stage or all, print an error in one line."""
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+from filelock import AcquireReturnProxy, FileLock, Timeout
+
+from models.config import Fleet, load_fleet
+from models.release import Release, read_release
+from serve.errors import ShipyardError
+from serve.trust import load_keys
+from shipyard.console import Reporter, print_release
+from shipyard.publish import publish
+from shipyard.release import VERBS, Line, release
+from shipyard.stage import Record, Stage
+
+ABOUT = """\
+Shipyard packages one fine-tuned e-commerce model for a hybrid cloud.
+
+  data -> finetune -> evaluate -> split -> export -> quantise -> bundle -> release -> synth
+
+Each of these verbs runs what comes before it too. A stage whose inputs, configuration, code and library versions have
+not changed is skipped; one that was killed goes on. Everything is written below build/.
+"""
+
+EXAMPLES = """\
+examples:
+  shipyard release                      walk the whole way with the profile "quick"
+  shipyard evaluate --profile small     train on a sample and print the figures
+  shipyard release --to s3://my-bucket  upload to a bucket instead of build/store
+  shipyard publish 0.1.0-g0123456789ab  take a local release into releases/, to be committed
+  shipyard synth --env dev              synthesize one environment
+
+exit codes: 0 done; 1 an error, told in one line; 2 wrong usage; 130 interrupted
+"""
+
+HELP = {
+    "data": "fetch, clean, normalise, pin and split the behaviour data by time",
+    "finetune": "train the text tower (full, LoRA or AdaLoRA), then the joint model",
+    "evaluate": "score baseline, before and after on the test period, and hold the gates",
+    "split": "cut the joint model into stand-alone sub-models whose outputs equal its own",
+    "export": "write each sub-model as ONNX and check parity with torch",
+    "quantise": "write each graph in its target's precision and hold the gate again",
+    "bundle": "make each target's artifact, reproducible to the byte",
+    "release": "do all of it, sign, upload, write the release file, synthesize the stacks",
+    "publish": "verify a local release and copy it into releases/",
+    "synth": "synthesize the stacks with the pinned CDK CLI",
+    "show": "verify a release file and print its table",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's grammar."""
+    top = argparse.ArgumentParser(
+        prog="shipyard", description=ABOUT, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--fleet", type=Path, default=Path("fleet.toml"), help="configuration (default: ./fleet.toml)")
+    common.add_argument(
+        "--build", type=Path, default=None, help="folder of results (default: build/ beside fleet.toml)"
+    )
+    common.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+    sizes = argparse.ArgumentParser(add_help=False)
+    sizes.add_argument(
+        "--profile", default="quick", help="size of the run, a [profile.*] of fleet.toml (default: quick)"
+    )
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB", title="verbs")
+
+    def add(verb: str, *parents: argparse.ArgumentParser, more: str = "") -> argparse.ArgumentParser:
+        text = HELP[verb][0].upper() + HELP[verb][1:] + "." + more
+        return verbs.add_parser(verb, help=HELP[verb], description=text, parents=[common, *parents])
+
+    for verb in VERBS:
+        add(verb, sizes, more=" Runs the stages before it as far as they are not done.")
+    making = add("release", sizes)
+    making.add_argument("--to", default=None, metavar="STORE", help="a folder or s3://bucket (default: build/store)")
+    making.add_argument("--key", type=Path, default=None, help="private key in PEM; made on first use (default: "
+                        "$XDG_CONFIG_HOME/shipyard/signing.pem)")  # fmt: skip
+    making.add_argument("--no-synth", action="store_true", help="stop after the release file")
+    publishing = add("publish")
+    publishing.add_argument("version", help="version of a release in build/releases/, e.g. 0.1.0-g0123456789ab")
+    synthesizing = add("synth", more=" Needs no credentials and no network.")
+    synthesizing.add_argument("--env", default="", help="environments, with commas between (default: all)")
+    synthesizing.add_argument("--release", type=Path, help="a release file to take for all of them (default: what "
+                              "fleet.toml names in releases/)")  # fmt: skip
+    synthesizing.add_argument("--out", type=Path, default=None, help="where to (default: cdk.out beside fleet.toml)")
+    synthesizing.add_argument("--validate", action="store_true", help="also run the CDK's own validator (slower)")
+    showing = add("show", more=" Trusts the keys in the folder keys/ beside the file.")
+    showing.add_argument("release", type=Path, help="path of a release file")
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    chosen = parser().parse_args(arguments)
+    reporter = Reporter()
+    try:
+        return _run(chosen, reporter)
+    except ShipyardError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return 1
+    except OSError as fault:
+        # a full disk, a folder that cannot be written: the system's own words name the file
+        print(f"error: {fault}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted; mend: the same command goes on where it stopped", file=sys.stderr)
+        return 130
+
+
+def _run(chosen: argparse.Namespace, reporter: Reporter) -> int:
+    if chosen.verb == "show":
+        return _print(read_release(chosen.release, load_keys(chosen.release.parent / "keys")), chosen.json)
+    fleet = load_fleet(chosen.fleet)
+    root = chosen.fleet.resolve().parent
+    build = (chosen.build or root / "build").resolve()
+    if chosen.verb == "publish":
+        found = publish(build / "releases" / f"{chosen.version}.json", root / "releases")
+        reporter.line(f"published releases/{found.version}.json; commit it and its key, and name it in fleet.toml")
+        return _print(found, chosen.json)
+    if chosen.verb == "synth":
+        _synth(root, chosen.out or root / "cdk.out", chosen.env, chosen.release, chosen.validate, reporter)
+        return 0
+    with _lock(build):
+        return _make(chosen, fleet, root, build, reporter)
+
+
+def _make(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, reporter: Reporter) -> int:
+    """Run a stage and those before it, or make a release."""
+    _quieten()
+
+    def watch(stage: Stage, folder: Path) -> Record:
+        title = f"{stage.name} {stage.unit}"
+        if (done := stage.find(folder)) is not None:
+            reporter.line(f"skipped  {title}: nothing that it depends on has changed")
+            return done
+        reporter.line(f"start    {title}")
+        with reporter.stage(title):
+            return stage.run(folder)
+
+    line = Line(fleet, chosen.profile, build / chosen.profile, reporter.progress, watch)
+    if chosen.verb != "release":
+        records = line.until(chosen.verb)
+        said = {unit: record.said for unit, record in records.items()}
+        print(json.dumps(said, ensure_ascii=False, indent=None if chosen.json else 2))
+        return 0
+    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    path, found = release(line, chosen.key or home / "shipyard" / "signing.pem", chosen.to or str(build / "store"))
+    if not chosen.no_synth:
+        _synth(root, build / chosen.profile / "cdk.out", "", path, False, reporter)
+    reporter.line(f"release  {path}")
+    return _print(found, chosen.json)
+
+
+def _synth(root: Path, out: Path, env: str, release: Path | None, validate: bool, reporter: Reporter) -> None:
+    """Run the pinned CDK CLI, offline and without credentials."""
+    cli = root / "node_modules" / ".bin" / "cdk"
+    if not cli.exists():
+        raise ShipyardError("synth: the CDK CLI is not installed", value=str(cli), mend="make setup")
+    command = [str(cli), "synth", "--quiet", "--output", str(out)]
+    if env:
+        command += ["--context", f"env={env}"]
+    if release is not None:
+        command += ["--context", f"release={release.resolve()}"]
+    # no credentials and no region of the caller may reach a template
+    surroundings = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "CDK_"))}
+    # the CDK's own validator more than doubles the time of a synth
+    surroundings |= {
+        "CDK_VALIDATION": "true" if validate else "false",
+        "JSII_SILENCE_WARNING_END_OF_LIFE_NODE_VERSION": "20",
+    }
+    with reporter.stage("synth"):
+        finished = subprocess.run(command, cwd=root, env=surroundings, capture_output=True, text=True, check=False)
+    if finished.returncode != 0:
+        told = [line.removeprefix("error: ") for line in finished.stderr.splitlines() if line.startswith("error: ")]
+        raise ShipyardError(told[0] if told else f"synth failed: {finished.stderr.strip()[-2000:]}")
+    reporter.line(f"synthesized {out}")
+
+
+def _print(found: Release, as_json: bool) -> int:
+    if as_json:
+        print(found.model_dump_json(by_alias=True))
+    else:
+        print_release(found)
+    return 0
+
+
+def _lock(build: Path) -> AcquireReturnProxy:
+    """Take the lock that one run at a time holds on a build folder."""
+    build.mkdir(parents=True, exist_ok=True)
+    try:
+        return FileLock(build / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise ShipyardError(
+            f"{build}: another run is using it", mend="wait until it ends, or give this one another folder: --build"
+        ) from None
+
+
+def _quieten() -> None:
+    """Keep libraries' notes on themselves away from our lines."""
+    warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

