@@ -15,10 +15,10 @@ from transformers.utils import logging as transformers_logging
 
 from serve.history import FEATURES
 
-RECENT = 64
+RECENT = 48
 """Items of a history that the user encoder attends to."""
 
-USER_LAYERS = 2
+USER_LAYERS = 1
 
 PADDING_LOGIT = -1e4
 """Score of row 0: below all others, and still a number in fp16."""
@@ -55,6 +55,9 @@ class ItemTable(nn.Module):
     A cold item has its text alone. `project` starts as the principal directions of the catalogue's text vectors, so
     that the untrained table keeps the pretrained model's similarities.
     """
+
+    text_vectors: Tensor
+    text_of_row: Tensor
 
     def __init__(self, shape: Shape, text_vectors: Tensor, text_of_row: Tensor) -> None:
         super().__init__()
@@ -269,7 +272,7 @@ class Joint(nn.Module):
 def load_tower(folder: Path) -> tuple[TextTower, PreTrainedTokenizerBase]:
     """Load encoder and tokeniser of a BERT-like model from a local folder, weights from safetensors alone."""
     # the report on a pooling layer that is left out on purpose, and a progress bar for 90 MB, only hide our own lines
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     encoder = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, add_pooling_layer=False)
     return TextTower(encoder), AutoTokenizer.from_pretrained(folder, local_files_only=True)

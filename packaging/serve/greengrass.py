@@ -90,7 +90,7 @@ RUN = """\
 set -eu
 code=$1 unarchived=$2 models=$3 port=$5
 export PYTHONPATH="$code" ORT_DISABLE_TELEMETRY=1 SHIPYARD_TRUSTED_KEY="$4"
-test -n "$models" || { echo "error: the deployment names no model; mend: deploy with the configuration of the stack" >&2; exit 1; }
+test -n "$models" || { echo "error: the deployment names no model; mend: deploy by the stack" >&2; exit 1; }
 pids=""
 trap 'kill $pids 2>/dev/null; exit 0' TERM INT
 for model in $models; do

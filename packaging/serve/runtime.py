@@ -126,7 +126,7 @@ class Model:
                 raise BadRequest(
                     f"{where}: query: wrong", value=repr(query)[:80], allowed=f"1 to {LONGEST_QUERY} characters"
                 )
-        k = request.get("k", 10)
+        k = request.get("k", min(10, self._returned))
         if type(k) is not int or not 1 <= k <= self._returned:
             raise BadRequest(
                 f"{where}: k: wrong", value=repr(k)[:80], allowed=f"a whole number from 1 to {self._returned}"

@@ -32,6 +32,14 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     model: Model | None = None
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log a client that went away in one line, and what is our fault with its trace."""
+        fault = sys.exc_info()[1]
+        if isinstance(fault, ConnectionError):
+            log.info("%s went away: %s", client_address[0], fault)
+        else:
+            log.error("a connection of %s failed", client_address[0], exc_info=fault)
+
 
 class Handler(BaseHTTPRequestHandler):
     """Answer one connection."""
@@ -44,6 +52,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer the health checks."""
+        if self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers:
+            self.close_connection = True  # its body would be read as the next request
         if self.path == "/healthz":
             self._answer(200, {"status": "alive"})
         elif self.path == "/readyz":
@@ -56,12 +66,14 @@ class Handler(BaseHTTPRequestHandler):
         """Answer predictions."""
         model = self.server.model
         length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > LARGEST_BODY or "Transfer-Encoding" in self.headers:
+        twice = len(self.headers.get_all("Content-Length", [])) > 1
+        # the number of its digits first: Python refuses to read a number of thousands of them
+        large = length.isdecimal() and (len(length) > 10 or int(length) > LARGEST_BODY)
+        if not length.isdecimal() or large or twice or "Transfer-Encoding" in self.headers:
             # the body is not read, so the connection cannot serve another request
             self.close_connection = True
-            self._answer(
-                413 if length.isdecimal() else 411, {"error": f"allowed: a body of at most {LARGEST_BODY} bytes"}
-            )
+            allowed = f"allowed: one Content-Length of at most {LARGEST_BODY} bytes"
+            self._answer(413 if length.isdecimal() else 411, {"error": allowed})
             return
         body = self.rfile.read(int(length))
         if model is None:
@@ -71,17 +83,27 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self._answer(*_predict(model, body))
 
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answer in JSON too what the standard library refuses: a method, a request line, headers."""
+        self.close_connection = True
+        self._answer(405 if code == 501 else code, {"error": message or "not a request of HTTP/1.1"})
+
     def _answer(self, status: int, document: Any) -> None:
         body = json.dumps(document, allow_nan=False).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
+        if status == 405:
+            self.send_header("Allow", "GET, POST")
+        if self.close_connection:
+            self.send_header("Connection", "close")
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Log one line a request."""
-        log.info("%s %s", self.address_string(), format % args)
+        """Log one line a request; a client's control characters do not reach the log."""
+        log.info("%s %s", self.address_string(), (format % args).encode("unicode_escape").decode())
 
 
 def _predict(model: Model, body: bytes) -> tuple[int, Any]:
@@ -98,6 +120,8 @@ def _predict(model: Model, body: bytes) -> tuple[int, Any]:
         return 200, model.predict([document])[0]
     except BadRequest as fault:
         return 400, {"error": str(fault)}
+    except RecursionError:
+        return 400, {"error": "the body is nested too deeply"}
     except Exception:
         log.exception("a prediction failed")
         return 500, {"error": "internal error"}
@@ -130,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
         server.model = open_bundle(
             chosen.bundle, chosen.artifact, chosen.attestation, {key_id(key): key}, chosen.threads
         )
-    except (ShipyardError, OSError) as fault:
+    except (ShipyardError, OSError, OverflowError) as fault:  # the last is a port that no machine has
         print(f"error: {fault}", file=sys.stderr)
         return 1
     log.info("ready: %s on %s port %d", chosen.artifact, *server.server_address[:2])

@@ -191,7 +191,7 @@ def _print(found: Release, as_json: bool) -> int:
     return 0
 
 
-def _lock(build: Path) -> AcquireReturnProxy:
+def _lock(build: Path) -> AcquireReturnProxy[FileLock]:
     """Take the lock that one run at a time holds on a build folder."""
     build.mkdir(parents=True, exist_ok=True)
     try:

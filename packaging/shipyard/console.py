@@ -74,7 +74,8 @@ def release_table(release: Release) -> Table:
     for name, sub in release.submodels.items():
         score = sub.score
         forms = "\n".join(
-            f"{f.precision}: {f.bytes / 1e6:.1f} MB, {f.order:.1%} (logits {f.parity:.0e}), {f.loss:+.2%}, {f.latency_ms:.1f} ms"
+            f"{f.precision}: {f.bytes / 1e6:.1f} MB, {f.order:.1%} (logits {f.parity:.0e}), {f.loss:+.2%}, "
+            f"{f.latency_ms:.1f} ms"
             for f in sub.formats
         )
         after, over = score.after, score.over_baseline

@@ -4,13 +4,14 @@ Writes `items.parquet` (one line a product that can be ranked) and `events.parqu
 product), with a report of each rule and what it removed. DuckDB does the work.
 
 items.parquet: row (1..N; 0 is padding), product_id, text, text_id, path, path_id, local (sold in the edge's store).
-events.parquet: household, basket (dense numbers), row, day (days since the first of January of the first year, with the
+events.parquet: household, basket, row, day (days since the first of January of the first year, with the
 hour as its fraction), period (0 train, 1 validation, 2 test); sorted by household, day, basket, row.
 """
 
 import hashlib
 import importlib.resources
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,9 @@ NOT_SHOPPED = (
     "GM MERCH EXP", "PHOTO & VIDEO",
 )  # fmt: skip
 
+# DuckDB sorts NaN above every number
+PAID = "sales_value > 0 AND NOT isnan(sales_value)"
+
 # lower case, letters and digits of any script, points inside numbers, long forms; each word once, where it came first
 WORDS = r"""
 CREATE MACRO spelled(label) AS list_transform(
@@ -73,15 +77,16 @@ def source_sha256(source: str) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def data(config: Data, households: int, out: Path) -> dict[str, Any]:
+def data(config: Data, households: int, out: Path, files: Mapping[str, Path] | None = None) -> dict[str, Any]:
     """Clean, normalise and split the source into `out`; return the report of rules and counts.
 
-    `households` takes that many households by the hash of their number, 0 takes all.
+    `households` takes that many households by the hash of their number, 0 takes all. `files` are the source's, by name;
+    the packaged ones by default.
 
     Raises:
         ShipyardError: a file is missing, truncated, or lacks a column.
     """
-    files = source_files(config.source)
+    files = files or source_files(config.source)
     db = duckdb.connect(config={"threads": 2, "memory_limit": "2GB"})
     for name, path in files.items():
         _open(db, name, path)
@@ -105,32 +110,35 @@ def data(config: Data, households: int, out: Path) -> dict[str, Any]:
     step(
         "chosen",
         """
-        SELECT household_id FROM (SELECT DISTINCT household_id FROM transactions)
+        SELECT household_id
+        FROM (SELECT household_id FROM transactions GROUP BY household_id
+              HAVING getvariable('households') = 0 OR min(transaction_timestamp) < getvariable('valid_from'))
         QUALIFY getvariable('households') = 0
              OR row_number() OVER (ORDER BY md5(household_id::VARCHAR)) <= getvariable('households')
         """,
     )
     for rule, condition in {
+        "removed: value that is no number": "isnan(sales_value) OR sales_value IS NULL",
         "removed: returned or given away (value of 0 or less)": "sales_value <= 0",
-        "removed: no quantity": "sales_value > 0 AND quantity <= 0",
-        "removed: department that is not shopped": """
-            sales_value > 0 AND quantity > 0 AND product_id IN
+        "removed: no quantity": f"{PAID} AND NOT quantity > 0",
+        "removed: department that is not shopped": f"""
+            {PAID} AND quantity > 0 AND product_id IN
             (SELECT product_id FROM products WHERE list_contains(getvariable('not_shopped'), department))""",
-        "removed: product without a category": """
-            sales_value > 0 AND quantity > 0 AND product_id IN
+        "removed: product without a category": f"""
+            {PAID} AND quantity > 0 AND product_id IN
             (SELECT product_id FROM products
              WHERE product_category IS NULL AND NOT list_contains(getvariable('not_shopped'), department))""",
-        "removed: product that is not in the catalogue": """
-            sales_value > 0 AND quantity > 0 AND product_id NOT IN (SELECT product_id FROM products)""",
+        "removed: product that is not in the catalogue": f"""
+            {PAID} AND quantity > 0 AND product_id NOT IN (SELECT product_id FROM products)""",
     }.items():
         report[rule] = _count(db, f"transactions JOIN chosen USING (household_id) WHERE {condition}")
     # a household buys a product once a basket, however many lines the till printed
     step(
         "lines",
-        """
+        f"""
         SELECT household_id, basket_id, product_id, min(transaction_timestamp) AS bought_at, min(store_id) AS store_id
         FROM transactions JOIN chosen USING (household_id) JOIN products USING (product_id)
-        WHERE sales_value > 0 AND quantity > 0 AND product_category IS NOT NULL
+        WHERE {PAID} AND quantity > 0 AND product_category IS NOT NULL
           AND NOT list_contains(getvariable('not_shopped'), department)
         GROUP BY household_id, basket_id, product_id
         """,
@@ -177,8 +185,7 @@ def data(config: Data, households: int, out: Path) -> dict[str, Any]:
     step(
         "events",
         """
-        SELECT dense_rank() OVER (ORDER BY household_id) - 1 AS household,
-               dense_rank() OVER (ORDER BY basket_id) - 1 AS basket, row,
+        SELECT household_id AS household, basket_id AS basket, row,
                epoch(bought_at - (SELECT date_trunc('year', min(bought_at)) FROM lines)) / 86400 AS day,
                CASE WHEN bought_at < getvariable('valid_from') THEN 0
                     WHEN bought_at < getvariable('test_from') THEN 1 ELSE 2 END AS period
@@ -211,7 +218,7 @@ def _open(db: duckdb.DuckDBPyConnection, name: str, path: Path) -> None:
         "products": ("product_id", "department", "brand", "product_category", "product_type", "package_size"),
     }[name]  # fmt: skip
     try:
-        db.execute(f"CREATE VIEW {name} AS SELECT * FROM read_parquet('{path}')")  # noqa: S608
+        db.execute(f"CREATE VIEW {name} AS SELECT * FROM read_parquet('{path}')")
         found = [row[0] for row in db.execute(f"DESCRIBE {name}").fetchall()]
     except duckdb.Error as fault:
         reason = str(fault).splitlines()[0]
@@ -222,5 +229,5 @@ def _open(db: duckdb.DuckDBPyConnection, name: str, path: Path) -> None:
 
 
 def _count(db: duckdb.DuckDBPyConnection, relation: str) -> int:
-    row = db.execute(f"SELECT count(*) FROM {relation}").fetchone()  # noqa: S608
+    row = db.execute(f"SELECT count(*) FROM {relation}").fetchone()
     return int(row[0]) if row else 0

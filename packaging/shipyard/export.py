@@ -153,7 +153,7 @@ def cases(
     rng = np.random.default_rng(0)
     longest = rng.permutation(np.resize(np.arange(1, rows + 1), LIMIT))[None]
     none, told = np.zeros((1, 1), np.int64), np.zeros((1, 1, len(FEATURES)), np.float32)
-    found = [
+    found: list[tuple[str, list[str], Ints, npt.NDArray[np.float32]]] = [
         ("real requests", texts, view.items, view.features),
         ("an empty request", [""], none, told),
         ("the longest history", ["frozen pizza"], longest, rng.random((1, LIMIT, len(FEATURES)), np.float32) * 4),
@@ -163,7 +163,7 @@ def cases(
             ("the longest query", ["chocolate " * 100], none, told),
             ("a Chinese query", ["冷冻比萨 牛奶"], view.items[:1], view.features[:1]),
         ]
-    return [(case, encode_inputs(names, tokenizer, *rest)) for case, *rest in found]
+    return [(case, encode_inputs(names, tokenizer, t, i, f)) for case, t, i, f in found]
 
 
 def encode_inputs(

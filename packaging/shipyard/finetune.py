@@ -161,7 +161,7 @@ def train_tower(
 
     def after(step: int) -> None:
         if config.method == "adalora":
-            adapted.base_model.update_and_allocate(step + 1)  # type: ignore[union-attr,operator]
+            adapted.base_model.update_and_allocate(step + 1)  # type: ignore[operator,union-attr]
 
     rate = 5e-5 if config.method == "full" else 1e-3
     curve = _train("tower", trained, [{"params": trained, "lr": rate}], steps, loss_of, after, tower, out, progress)
@@ -199,20 +199,13 @@ def _adapt(tower: trunk.TextTower, config: Finetune, steps: int) -> nn.Module:
     modules = ["query", "key", "value", "dense"]
     if config.method == "full":
         return tower.encoder
-    peft_config = (
-        LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=modules)
-        if config.method == "lora"
-        else AdaLoraConfig(
-            init_r=2 * config.rank,
-            target_r=config.rank,
-            lora_alpha=config.alpha,
-            target_modules=modules,
-            total_step=steps,
-            tinit=steps // 10,
-            tfinal=steps // 3,
-            deltaT=max(1, steps // 50),
+    if config.method == "lora":
+        peft_config = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=modules)
+    else:
+        peft_config = AdaLoraConfig(
+            init_r=2 * config.rank, target_r=config.rank, lora_alpha=config.alpha, target_modules=modules,
+            total_step=steps, tinit=steps // 10, tfinal=steps // 3, deltaT=max(1, steps // 50),
         )  # fmt: skip
-    )
     tower.encoder = get_peft_model(tower.encoder, peft_config)  # type: ignore[assignment]
     return tower.encoder
 
@@ -237,7 +230,7 @@ def _merge(
         with_adapter = tower(*tokens)
         with adapted.disable_adapter():
             without = tower(*tokens)
-        tower.encoder = adapted.merge_and_unload()  # type: ignore[operator]
+        tower.encoder = adapted.merge_and_unload()
         merged = tower(*tokens)
     record["adapter_moved"] = float((with_adapter - without).abs().max())
     record["merge_error"] = float((with_adapter - merged).abs().max())
@@ -419,7 +412,7 @@ class Listwise(torch.autograd.Function):
 
 def listwise(logits: Tensor, relevant: Tensor) -> Tensor:
     """Return the loss of `Listwise`."""
-    loss: Tensor = Listwise.apply(logits, relevant)
+    loss: Tensor = Listwise.apply(logits, relevant)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -439,7 +432,7 @@ def _train(
 ) -> dict[str, Any]:
     """Run AdamW with warm-up and cosine decay; go on from a checkpoint in `out` when there is one."""
     parameters = list(parameters)
-    optimiser = torch.optim.AdamW(groups, weight_decay=0.01)
+    optimiser = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
     warm = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser,

@@ -1,4 +1,4 @@
-"""Publish: take a local release into the repository's releases/, where environments refer to it. Nothing else writes there."""
+"""Publish: take a local release into the repository's releases/, which nothing else writes."""
 
 from pathlib import Path
 

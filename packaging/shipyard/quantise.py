@@ -47,7 +47,9 @@ def quantise(
         model = to_fp16(model)
     elif target.precision == "int8":
         if not to_int8(model.graph):
-            raise ShipyardError(f"quantise: {name}: no weight is large enough for int8", mend="choose fp32 for its target")
+            raise ShipyardError(
+                f"quantise: {name}: no weight is large enough for int8", mend="choose fp32 for its target"
+            )
         model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     for node in model.graph.node:
         del node.metadata_props[:]

@@ -1,0 +1,90 @@
+"""What the tests share: one release of the small profile, made once by the command line."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.config import Fleet, load_fleet
+from models.release import Release, read_release
+from serve.trust import Keys, load_keys
+
+ROOT = Path(__file__).resolve().parent.parent
+
+TINY = """
+[profile.tiny]
+households = 120
+tower_steps = 3
+tower_batch = 8
+joint_steps = 4
+joint_batch = 8
+joint_sampled = 200
+test_examples = 100
+default_gate = { over_before = -1.0, over_baseline = -1.0 }
+"""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A release that was made, and where."""
+
+    build: Path
+    path: Path
+    release: Release
+    keys: Keys
+    fleet: Fleet
+    told: str
+
+    def said(self, unit: str, stage: str) -> Any:
+        """Return what a stage noted."""
+        return json.loads((self.folder(unit, stage) / "stage.json").read_text())["said"]
+
+    def folder(self, unit: str, stage: str) -> Path:
+        """Return a stage's folder."""
+        return self.build / self.release.profile / unit / stage
+
+    def bundle(self, unit: str) -> Path:
+        """Return the folder of a unit's bundle."""
+        return self.folder(unit, "bundle") / "bundle"
+
+
+def shipyard(*arguments: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "shipyard.cli", *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def make(build: Path, profile: str, *more: object) -> Made:
+    """Make a release with a key of its own."""
+    done = shipyard("release", "--profile", profile, "--build", build, "--key", build / "signing.pem", "--json", *more)
+    assert done.returncode == 0, done.stderr[-3000:]
+    version = json.loads(done.stdout)["version"]
+    path = build / "releases" / f"{version}.json"
+    keys = load_keys(build / "releases" / "keys")
+    return Made(build, path, read_release(path, keys), keys, load_fleet(ROOT / "fleet.toml"), done.stderr)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Return a release of the small profile: real data, the real model, all stages, the stacks."""
+    return make(tmp_path_factory.mktemp("build"), "small")
+
+
+@pytest.fixture
+def tiny_fleet(tmp_path: Path) -> Path:
+    """Return a fleet.toml with a profile that trains for a few steps and is held to nothing."""
+    path = tmp_path / "fleet.toml"
+    path.write_text((ROOT / "fleet.toml").read_text() + TINY)
+    return path

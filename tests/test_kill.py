@@ -1,0 +1,54 @@
+"""kill -9 in each stage: the next run goes on, and ends as if nothing had happened."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import ROOT, shipyard
+
+STAGES = ("data joint", "finetune joint", "evaluate joint", "split search", "export search", "quantise search",
+          "bundle search")  # fmt: skip
+
+
+def kill_in(stage: str, arguments: list[str]) -> list[str]:
+    """Start the command and kill it when it says that it starts `stage`; return what it said."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "shipyard.cli", *arguments], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        text=True, start_new_session=True, env=os.environ | {"COLUMNS": "200"},
+    )  # fmt: skip
+    told = []
+    assert process.stderr is not None
+    for line in process.stderr:
+        told.append(line.strip())
+        if told[-1] == f"start    {stage}":
+            os.killpg(process.pid, signal.SIGKILL)
+            break
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, told
+    return told
+
+
+def test_kill_in_every_stage(tiny_fleet: Path, tmp_path: Path) -> None:
+    build = tmp_path / "build"
+    arguments = [
+        "release", "--fleet", str(tiny_fleet), "--profile", "tiny", "--build", str(build), "--no-synth",
+        "--key", str(tmp_path / "key.pem"), "--json",
+    ]  # fmt: skip
+    for number, stage in enumerate(STAGES):
+        told = kill_in(stage, arguments)
+        done = [line.partition(":")[0].removeprefix("skipped").strip() for line in told if line.startswith("skipped")]
+        # what had ended before the earlier kills is not done again
+        assert set(STAGES[: max(0, number - 1)]) <= set(done), told
+        unit, name = stage.split()[1], stage.split()[0]
+        assert not (build / "tiny" / unit / name).exists()
+        assert not (build / "releases").exists()
+    last = shipyard(*arguments)
+    assert last.returncode == 0, last.stderr[-3000:]
+    assert list((build / "releases").glob("*.json"))
+    leftovers = [p for p in build.rglob(".*") if p.is_dir() or p.suffix == ".part"]
+    assert leftovers == []
+    again = shipyard(*arguments)
+    assert "start " not in again.stderr
+    assert again.stdout == last.stdout

@@ -1,0 +1,329 @@
+"""The whole way on the small profile: what each stage left, and that it can be trusted."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import ROOT, Made, make, shipyard
+
+from serve.errors import ShipyardError
+from serve.runtime import open_bundle
+from serve.trust import sha256_file
+from shipyard import bundle as bundling
+from shipyard.stage import closure
+
+UNITS = {"search": "search", "recommend": "recommend", "edge_recommend": "edge-recommend"}
+
+
+def artifact(made: Made, name: str):
+    return next(a for a in made.release.artifacts if a.name == name)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_release_covers_the_fleet(small: Made) -> None:
+    assert set(small.release.submodels) == set(small.fleet.submodel)
+    assert {a.kind for a in small.release.artifacts} == {
+        "triton",
+        "image-context",
+        "greengrass-model",
+        "greengrass-runtime",
+    }
+    text = small.path.read_text()
+    for env in small.fleet.env.values():
+        assert env.account not in text
+        assert env.region not in text
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_finetuning_moves_the_figures(small: Made, unit: str) -> None:
+    score = small.release.submodels[unit].score
+    assert score.over_before.low > 0
+    assert score.before.value < score.after.value < 1
+    assert score.after.low <= score.after.value <= score.after.high
+    assert score.examples >= 100
+
+
+def test_record_proves_that_the_tower_was_trained(small: Made) -> None:
+    said = small.said("joint", "finetune")
+    assert said["tower"]["weights_moved"] > 0.1
+    assert said["tower"]["adapter_moved"] > 1e-3
+    assert said["tower"]["merge_error"] < 1e-4
+    assert said["vectors_moved"] > 0.01
+    assert said["joint"]["loss_last"] < said["joint"]["loss_first"]
+    assert all(np.isfinite(loss) for loss in said["joint"]["validation_loss"].values())
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_split_equals_the_joint_model(small: Made, unit: str) -> None:
+    said = small.said(unit, "split")
+    assert said["error"] <= 1e-6
+    assert said["parameters_own"] > 0
+    assert said["parameters_shared"] > 0
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_parity_and_quantisation(small: Made, unit: str) -> None:
+    plain, served = small.release.submodels[unit].formats
+    target = small.fleet.target[small.fleet.submodel[unit].target]
+    assert plain.precision == "fp32"
+    assert plain.parity <= 1e-4
+    assert plain.order == 1.0
+    assert served.precision == target.precision
+    assert served.bytes < 0.6 * plain.bytes
+    assert served.loss <= target.max_loss
+    assert served.order > 0.8
+    assert served.parity > 0  # it is another graph
+    assert small.said(unit, "quantise")["alone"] <= 1e-3
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_graph_is_within_the_oldest_engine(small: Made, unit: str) -> None:
+    model = onnx.load(small.folder(unit, "quantise") / "model.onnx")
+    assert model.ir_version <= 10
+    assert {o.domain: o.version for o in model.opset_import}[""] <= 20
+    assert str(ROOT).encode() not in model.SerializeToString()
+    assert b"site-packages" not in model.SerializeToString()
+
+
+def test_second_run_skips_everything(small: Made) -> None:
+    start = time.monotonic()
+    again = make(small.build, "small", "--no-synth")
+    spent = time.monotonic() - start
+    assert "start " not in again.told
+    assert again.told.count("skipped") == 3 + 4 * 3 + 1
+    assert again.path == small.path
+    assert spent < 60  # a training takes minutes; not a measurement
+
+
+def test_bundles_hold_exactly_these_files(small: Made) -> None:
+    def names(unit: str) -> set[str]:
+        tree = small.bundle(unit)
+        return {p.relative_to(tree).as_posix() for p in tree.rglob("*") if p.is_file()}
+
+    code = {f"serve/{n}.py" for n in ("__init__", "errors", "history", "runtime", "server", "trust")}
+    assert names("search") == {
+        "bundle.json",
+        "products.json",
+        "tokenizer.json",
+        "model_repository/search/config.pbtxt",
+        "model_repository/search/1/model.onnx",
+    }
+    assert names("recommend") == code | {
+        "bundle.json",
+        "products.json",
+        "model.onnx",
+        "Dockerfile",
+        "requirements.txt",
+        "serve/fetch.py",
+    }
+    assert names("edge_recommend") == {"bundle.json", "products.json", "model.onnx"}
+    assert names("edge_runtime") == code | {"bundle.json", "install.sh", "run.sh"}
+    for unit, name in (("edge_recommend", "edge-recommend"), ("edge_runtime", "edge-runtime")):
+        with zipfile.ZipFile(small.folder(unit, "bundle") / "upload" / f"{name}.zip") as archive:
+            assert set(archive.namelist()) == names(unit)
+
+
+def test_requirements_of_the_image_are_those_that_the_code_imports(small: Made) -> None:
+    tree = small.bundle("recommend")
+    pinned = {line.partition("==")[0] for line in (tree / "requirements.txt").read_text().splitlines()}
+    _, libraries = closure(("serve.server", "serve.fetch"))
+    assert pinned >= {name for name in libraries if name != "botocore"}
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_bundle_is_the_same_bytes_elsewhere(
+    small: Made, unit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "Asia/Shanghai")
+    monkeypatch.setenv("LC_ALL", "C")
+    time.tzset()
+    monkeypatch.chdir(tmp_path)
+    before = os.umask(0o077)
+    place = small.fleet.submodel[unit].target
+    facts = json.loads((small.bundle(unit) / "bundle.json").read_text())["facts"]
+    _, libraries = closure(("serve.server", "serve.fetch", "shipyard.bundle"))
+    libraries |= {"tokenizers": bundling.importlib.metadata.version("tokenizers")} if place == "cpu" else {}
+    try:
+        again = bundling.bundle(
+            small.folder("joint", "data"),
+            small.folder(unit, "split"),
+            small.folder("joint", "finetune"),
+            small.folder(unit, "quantise"),
+            unit,
+            small.fleet.target[place],
+            place,
+            facts,
+            libraries,
+            tmp_path,
+        )
+    finally:
+        os.umask(before)
+        monkeypatch.undo()
+        time.tzset()
+    assert again == small.said(unit, "bundle")
+
+
+@pytest.mark.parametrize(("unit", "name"), UNITS.items())
+def test_runtime_opens_what_was_attested_and_nothing_else(small: Made, unit: str, name: str, tmp_path: Path) -> None:
+    tree = tmp_path / "bundle"
+    bundling.shutil.copytree(small.bundle(unit), tree)
+    attestation = artifact(small, name).attestation
+    model = open_bundle(tree, name, attestation, small.keys)
+    [answer] = model.predict([{"history": [], "k": 5} | ({"query": "milk"} if model.task == "search" else {})])
+    assert len(answer["products"]) == 5
+    for path in sorted(p for p in tree.rglob("*") if p.is_file()):
+        kept = path.read_bytes()
+        flip(path)
+        with pytest.raises(ShipyardError, match=r"differs|not the bundle"):
+            open_bundle(tree, name, attestation, small.keys)
+        path.write_bytes(kept)
+    other = next(a for a in small.release.artifacts if a.name != name)
+    with pytest.raises(ShipyardError, match="not the bundle that was attested"):
+        open_bundle(tree, name, other.attestation, small.keys)
+
+
+def test_search_finds_what_a_shopper_types(small: Made) -> None:
+    model = open_bundle(small.bundle("search"), "search", artifact(small, "search").attestation, small.keys)
+    import pyarrow.parquet as pq
+
+    items = pq.read_table(small.folder("joint", "data") / "items.parquet")
+    text = dict(zip(items["product_id"].to_pylist(), items["text"].to_pylist(), strict=True))
+    for query, word in (("frozen pizza", "pizza"), ("shampoo", "shampoo"), ("cat food", "cat"), ("yogurt", "yogurt")):
+        [answer] = model.predict([{"query": query}])
+        hits = [p["product"] for p in answer["products"] if word in text[p["product"]]]
+        assert len(hits) >= 7, (query, [text[p["product"]] for p in answer["products"]])
+
+
+def test_history_changes_the_answer(small: Made) -> None:
+    name = "recommend"
+    model = open_bundle(small.bundle(name), name, artifact(small, name).attestation, small.keys)
+    product = model.products[len(model.products) // 2]
+    known = [{"product": product, "days_ago": d} for d in (2.0, 9.0, 16.0, 23.0, 30.0)]
+    bare, told = model.predict([{"history": [], "k": 100}, {"history": known, "k": 100}])
+    assert product in [p["product"] for p in told["products"][:10]]
+    assert bare != told
+
+
+def test_triton_configuration_agrees_with_the_graph(small: Made) -> None:
+    repository = small.bundle("search") / "model_repository" / "search"
+    text = (repository / "config.pbtxt").read_text()
+    graph = onnx.load(repository / "1" / "model.onnx").graph
+    for value in (*graph.input, *graph.output):
+        kind = {onnx.TensorProto.INT64: "TYPE_INT64", onnx.TensorProto.FLOAT: "TYPE_FP32"}[
+            value.type.tensor_type.elem_type
+        ]
+        fixed = [str(d.dim_value or -1) for d in value.type.tensor_type.shape.dim[1:]]
+        assert f'name: "{value.name}" data_type: {kind} dims: [ {", ".join(fixed)} ]' in text
+    assert text.count("{") == text.count("}")
+
+
+def test_store_holds_every_file_of_the_release(small: Made) -> None:
+    for found in small.release.artifacts:
+        for file in found.files:
+            assert sha256_file(small.build / "store" / found.key / file.path) == file.sha256
+
+
+def test_stacks_were_synthesized(small: Made) -> None:
+    templates = list((small.build / "small" / "cdk.out").rglob("*.template.json"))
+    assert len(templates) == 5 * len(small.fleet.env)
+    used = "".join(path.read_text() for path in templates)
+    for found in small.release.artifacts:
+        assert found.key in used
+
+
+def test_gate_that_is_missed_stops_the_release(small: Made, tmp_path: Path) -> None:
+    text = (ROOT / "fleet.toml").read_text()
+    profile = text[text.index("[profile.small]") : text.index("# --- where")]
+    strict = profile.partition("default_gate")[0] + "default_gate = { over_before = 0.99, over_baseline = 0.0 }\n\n"
+    fleet = tmp_path / "fleet.toml"
+    fleet.write_text(text.replace(profile, strict))
+    done = shipyard("export", "--fleet", fleet, "--profile", "small", "--build", small.build)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: gate: ")
+    assert "0.99" in done.stderr
+    assert "export" not in done.stderr
+
+
+def test_tree_stays_clean(small: Made) -> None:
+    done = subprocess.run(["git", "status", "--porcelain", "--", "releases"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip("not a git checkout")
+    assert done.stdout == ""
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def ask(url: str, document: object, seconds: float = 30) -> object:
+    """Post to a server that may still be starting."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            request = urllib.request.Request(url, json.dumps(document).encode())
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                return json.load(answer)
+        except OSError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.2)
+
+
+def test_edge_components_serve_by_their_own_scripts(small: Made, tmp_path: Path) -> None:
+    model, runtime = artifact(small, "edge-recommend"), artifact(small, "edge-runtime")
+    recipe = runtime.template["recipe"]
+    words = model.template["model"].replace("@ATTESTATION@", model.attestation)
+    component, version, archive = words.split("/")[:3]
+    unpacked = tmp_path / "artifacts-unarchived" / component / version / archive
+    code = tmp_path / "code"
+    for unit, name, into in (
+        ("edge_recommend", "edge-recommend", unpacked),
+        ("edge_runtime", "edge-runtime", code),
+    ):
+        with zipfile.ZipFile(small.folder(unit, "bundle") / "upload" / f"{name}.zip") as stream:
+            stream.extractall(into)
+    key = next((small.build / "releases" / "keys").glob("*.pub")).read_text().strip()
+    port = str(free_port())
+    lifecycle = recipe["Manifests"][0]["Lifecycle"]
+    environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"} | lifecycle["Setenv"]
+    subprocess.run(["sh", str(code / "install.sh")], env=environment, cwd=tmp_path, check=True)
+    script = lifecycle["run"]["Script"]
+    for variable, value in {
+        "{artifacts:decompressedPath}/edge-runtime": str(code),
+        "{kernel:rootPath}/packages/artifacts-unarchived": str(tmp_path / "artifacts-unarchived"),
+        "{configuration:/models}": words,
+        "{configuration:/trustedKey}": key,
+        "{configuration:/port}": port,
+    }.items():
+        script = script.replace(variable, value)
+    assert "{" not in script
+    process = subprocess.Popen(["sh", "-c", script], env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    try:
+        answer = ask(f"http://127.0.0.1:{port}/v1/recommend", {"history": [], "k": 3})
+        assert len(answer["products"]) == 3
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=20)
+    flip(unpacked / "model.onnx")
+    refused = subprocess.run(
+        ["sh", "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert refused.returncode != 0
+    assert "digest differs" in refused.stderr
