@@ -65,11 +65,11 @@ def names() -> list[str]:
     return sorted(name for name, text in texts.items() if "\nTASK" in text)
 
 
-def load(name: str) -> Submodel:
-    """Import a sub-model by name.
+def find(name: str) -> None:
+    """Check that a sub-model has its file, without importing it.
 
     Raises:
-        ShipyardError: there is no such file, or it does not fulfil the contract.
+        ShipyardError: there is no such file.
     """
     if importlib.util.find_spec(f"models.{name}") is None:
         raise ShipyardError(
@@ -77,6 +77,15 @@ def load(name: str) -> Submodel:
             allowed=", ".join(names()),
             mend="write the file or remove the entry from fleet.toml",
         )
+
+
+def load(name: str) -> Submodel:
+    """Import a sub-model by name.
+
+    Raises:
+        ShipyardError: there is no such file, or it does not fulfil the contract.
+    """
+    find(name)
     module: Any = importlib.import_module(f"models.{name}")
     if missing := [item for item in REQUIRED if not hasattr(module, item)]:
         raise ShipyardError(

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import boto3
+from boto3.exceptions import Boto3Error
 from botocore.exceptions import BotoCoreError, ClientError
 
 from serve.errors import ShipyardError
@@ -22,12 +23,22 @@ def fetch(uri: str, name: str, attestation: str, keys: Keys, into: Path) -> None
     Raises:
         ShipyardError: the bucket does not answer, or what it holds is not the attested bundle.
     """
-    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
-    s3 = boto3.client("s3")
     part = into / ".part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
+        _download(uri, name, attestation, keys, part)
+        for path in part.iterdir():
+            path.replace(into / path.name)
+    finally:
+        # what failed halfway is not attested
+        shutil.rmtree(part)
+
+
+def _download(uri: str, name: str, attestation: str, keys: Keys, part: Path) -> None:
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    try:
+        s3 = boto3.client("s3")
         s3.download_file(bucket, prefix + MANIFEST, str(part / MANIFEST))
         digest = sha256_file(part / MANIFEST)
         verify_attestation(name, digest, attestation, keys, uri)
@@ -37,14 +48,11 @@ def fetch(uri: str, name: str, attestation: str, keys: Keys, into: Path) -> None
                 raise ShipyardError(f"{uri}: a path leaves the bundle", value=entry["path"])
             file.parent.mkdir(parents=True, exist_ok=True)
             s3.download_file(bucket, prefix + entry["path"], str(file))
-    except (BotoCoreError, ClientError) as fault:
+    except (Boto3Error, BotoCoreError, ClientError) as fault:
         raise ShipyardError(
             f"{uri}: {fault}", mend="upload the release, or grant this role to read the prefix"
         ) from None
     check_bundle(part, digest)
-    for path in part.iterdir():
-        path.replace(into / path.name)
-    part.rmdir()
 
 
 def main(arguments: list[str] | None = None) -> int:

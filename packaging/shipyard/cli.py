@@ -15,7 +15,7 @@ from models.config import Fleet, load_fleet
 from models.release import Release, read_release
 from serve.errors import ShipyardError
 from serve.trust import load_keys
-from shipyard.console import Reporter, print_release
+from shipyard.console import Reporter, print_release, release_markdown
 from shipyard.publish import publish
 from shipyard.release import VERBS, Line, release
 from shipyard.stage import Record, Stage
@@ -93,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
     synthesizing.add_argument("--validate", action="store_true", help="also run the CDK's own validator (slower)")
     showing = add("show", more=" Trusts the keys in the folder keys/ beside the file.")
     showing.add_argument("release", type=Path, help="path of a release file")
+    showing.add_argument("--markdown", action="store_true", help="print the table in Markdown")
     return top
 
 
@@ -116,7 +117,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(chosen: argparse.Namespace, reporter: Reporter) -> int:
     if chosen.verb == "show":
-        return _print(read_release(chosen.release, load_keys(chosen.release.parent / "keys")), chosen.json)
+        found = read_release(chosen.release, load_keys(chosen.release.parent / "keys"))
+        if chosen.markdown:
+            print(release_markdown(found))
+            return 0
+        return _print(found, chosen.json)
     fleet = load_fleet(chosen.fleet)
     root = chosen.fleet.resolve().parent
     build = (chosen.build or root / "build").resolve()

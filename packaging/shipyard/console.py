@@ -65,31 +65,48 @@ class Reporter:
         self.console.print(text, markup=False, soft_wrap=True)
 
 
-def release_table(release: Release) -> Table:
-    """Return one line a sub-model: baseline, before, after with interval, sizes, parity and latency."""
-    table = Table(title=f"Release {release.version}, profile {release.profile}: test period", title_justify="left")
-    for column in ("sub-model", "target", "metric", "baseline", "before", "after [95 %]", "over baseline [95 %]",
-                   "form: size, top-10 order, metric lost, latency"):  # fmt: skip
-        table.add_column(column)
+COLUMNS = ("sub-model", "target", "metric", "baseline", "before", "after [95 %]", "over baseline [95 %]",
+           "form: size, same top-10 places (logits' error), metric lost, latency")  # fmt: skip
+
+
+def release_lines(release: Release) -> list[tuple[str, ...]]:
+    """Return a line a sub-model for `COLUMNS`; a cell may have several lines."""
+    lines: list[tuple[str, ...]] = []
     for name, sub in release.submodels.items():
-        score = sub.score
-        forms = "\n".join(
-            f"{f.precision}: {f.bytes / 1e6:.1f} MB, {f.order:.1%} (logits {f.parity:.0e}), {f.loss:+.2%}, "
-            f"{f.latency_ms:.1f} ms"
+        score, after, over = sub.score, sub.score.after, sub.score.over_baseline
+        forms = [
+            f"{f.precision}: {f.bytes / 1e6:.1f} MB, {f.order:.1%} ({f.parity:.0e}), {f.loss:+.2%}, {f.latency_ms:.1f} ms"
             for f in sub.formats
+        ]
+        lines.append(
+            (
+                name,
+                sub.target,
+                f"{score.metric}\non {score.examples}",
+                f"{score.baseline.value:.3f}\n{score.baseline_name}",
+                f"{score.before.value:.3f}",
+                f"{after.value:.3f}\n[{after.low:.3f}, {after.high:.3f}]",
+                f"{over.value:+.3f}\n[{over.low:+.3f}, {over.high:+.3f}]",
+                "\n".join(forms),
+            )
         )
-        after, over = score.after, score.over_baseline
-        table.add_row(
-            name, sub.target, f"{score.metric}\non {score.examples}", f"{score.baseline.value:.3f}\n{score.baseline_name}",
-            f"{score.before.value:.3f}", f"{after.value:.3f} [{after.low:.3f}, {after.high:.3f}]",
-            f"{over.value:+.3f} [{over.low:+.3f}, {over.high:+.3f}]", forms,
-        )  # fmt: skip
-    return table
+    return lines
+
+
+def release_markdown(release: Release) -> str:
+    """Return the table in Markdown."""
+    rows = [COLUMNS, ("---",) * len(COLUMNS), *release_lines(release)]
+    return "\n".join("| " + " | ".join(cell.replace("\n", "<br>") for cell in row) + " |" for row in rows)
 
 
 def print_release(release: Release) -> None:
     """Print the table and the artifacts on standard output, as wide as they need."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-    console.print(release_table(release))
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 176)
+    table = Table(
+        *COLUMNS, title=f"Release {release.version}, profile {release.profile}: test period", title_justify="left"
+    )
+    for line in release_lines(release):
+        table.add_row(*line)
+    console.print(table)
     for artifact in release.artifacts:
         console.print(f"  {artifact.bytes / 1e6:8.1f} MB  {artifact.kind:18}  {artifact.key}", soft_wrap=True)

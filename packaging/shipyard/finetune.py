@@ -65,6 +65,7 @@ def finetune(
         ShipyardError: training diverged, or the adapter did nothing.
     """
     torch.manual_seed(config.seed)
+    weights = _teachers_first(weights)
     behaviour = load_behaviour(data)
     tower, tokenizer = trunk.load_tower(base)
     record: dict[str, Any] = {"method": config.method}
@@ -89,6 +90,18 @@ def finetune(
     record["joint"] = train_joint(joint, behaviour, after, config, profile, weights, out, progress)
     _save(out / "joint.safetensors", joint.state_dict())
     return record
+
+
+def _teachers_first(weights: Mapping[str, float]) -> dict[str, float]:
+    """Order sub-models so that a teacher comes before those that learn from it."""
+    teachers = {name: submodel.load(name).TEACHER for name in weights}
+    for name, teacher in teachers.items():
+        if teacher is not None and teachers.get(teacher, teacher) is not None:
+            raise ShipyardError(
+                f"submodel.{name}: cannot learn from its teacher", value=teacher,
+                allowed="a sub-model of the fleet that has no teacher itself", mend=f"add [submodel.{teacher}]",
+            )  # fmt: skip
+    return {name: weights[name] for name in sorted(weights, key=lambda name: teachers[name] is not None)}
 
 
 def build_joint(behaviour: Behaviour, vectors: Vectors, config: Finetune, names: tuple[str, ...]) -> trunk.Joint:

@@ -57,14 +57,10 @@ class Line:
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
-        """The sub-models, teachers before those that learn from them."""
-        teachers = {name: submodel.load(name).TEACHER for name in self.fleet.submodel}
-        for name, teacher in teachers.items():
-            if teacher is not None and teacher not in teachers:
-                raise ShipyardError(
-                    f"submodel.{name}: its teacher is not in the fleet", value=teacher, mend=f"add [submodel.{teacher}]"
-                )
-        return tuple(sorted(teachers, key=lambda name: teachers[name] is not None))
+        """The sub-models of the fleet; each has its file."""
+        for name in self.fleet.submodel:
+            submodel.find(name)
+        return tuple(self.fleet.submodel)
 
     @functools.cached_property
     def base(self) -> Path:
@@ -248,7 +244,7 @@ def _body(line: Line, artifacts: Mapping[str, Mapping[str, Any]]) -> dict[str, A
         cut, exported, quantised = line.split(name).said, line.export(name).said, line.quantise(name).said
         submodels[name] = {
             "target": line.fleet.submodel[name].target,
-            "task": submodel.load(name).TASK,
+            "task": cut["task"],
             "parameters_own": cut["parameters_own"],
             "parameters_shared": cut["parameters_shared"],
             "score": {k: v for k, v in scores[name].items() if k != "validation_baselines"},

@@ -60,6 +60,7 @@ def split(
     own = sum(p.numel() for p in alone.head.parameters()) + alone.bias.numel()
     shared = sum(v.numel() for v in alone.state_dict().values()) - own
     return {
+        "task": submodel.load(name).TASK,
         "inputs": list(alone.inputs),
         "rows": len(rows),
         "parameters_own": own,
