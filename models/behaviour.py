@@ -74,12 +74,11 @@ class Behaviour:
         known = self.start[:-1] - self.born
         return np.flatnonzero((self.period == period) & (known >= fewest))
 
-    def first_baskets(self, period: int, most: int) -> Ints:
-        """Return one basket a household, its first of the period, of `most` households spread over all of them."""
+    def first_baskets(self, period: int) -> Ints:
+        """Return one basket a household, its first of the period."""
         baskets = self.baskets(period)
         _, first = np.unique(self.household[self.start[baskets]], return_index=True)
-        chosen = baskets[first]
-        return chosen[np.linspace(0, len(chosen) - 1, min(most, len(chosen))).astype(int)]
+        return baskets[first]
 
     def queries(self, baskets: Ints, rng: np.random.Generator | None = None) -> Ints:
         """Return the path [B] that is asked for before each basket: of a random product, or of a fixed one."""
@@ -143,7 +142,8 @@ def load_behaviour(folder: Path) -> Behaviour:
 
 def _columns(path: Path) -> dict[str, Any]:
     table = pq.read_table(path)
-    return {name: table[name].to_numpy() for name in table.column_names}
+    # copies: torch takes no array that cannot be written to
+    return {name: np.array(table[name].to_numpy()) for name in table.column_names}
 
 
 def _names(ids: Ints, names: Sequence[str]) -> list[str]:

@@ -265,6 +265,20 @@ def _check_across(fleet: Fleet, where: str) -> None:
                 mend="remove the gate or add the sub-model",
             )
     for name, env in fleet.env.items():
+        if len(set(env.zones)) < len(env.zones):
+            raise ShipyardError(
+                f"{where}: env.{name}.zones: the same zone twice",
+                value=", ".join(env.zones),
+                allowed="different zones, two or more",
+                mend="name another zone",
+            )
+        if len(bucket := fleet.bucket(name)) > 63:
+            raise ShipyardError(
+                f"{where}: env.{name}: the artifact bucket's name is too long",
+                value=bucket,
+                allowed="63 characters",
+                mend="shorten project.name or the environment's name",
+            )
         if foreign := [zone for zone in env.zones if not zone.startswith(env.region)]:
             raise ShipyardError(
                 f"{where}: env.{name}.zones: not of the region",

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 TINY = """
 [profile.tiny]
-households = 120
+households = 200
 tower_steps = 3
 tower_batch = 8
 joint_steps = 4
@@ -78,8 +78,12 @@ def make(build: Path, profile: str, *more: object) -> Made:
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """Return a release of the small profile: real data, the real model, all stages, the stacks."""
-    return make(tmp_path_factory.mktemp("build"), "small")
+    """Return a release of the small profile: real data, the real model, all stages, the stacks.
+
+    SHIPYARD_TEST_BUILD names a folder that is kept, so that the next run of the tests skips what has not changed.
+    """
+    kept = os.environ.get("SHIPYARD_TEST_BUILD")
+    return make(Path(kept) if kept else tmp_path_factory.mktemp("build"), "small")
 
 
 @pytest.fixture

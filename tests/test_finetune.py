@@ -142,4 +142,4 @@ def test_untrained_model_ranks_by_the_pretrained_similarity(behaviour, small: Ma
 def test_tiny_profile_of_the_tests_is_valid(tmp_path: Path) -> None:
     path = tmp_path / "fleet.toml"
     path.write_text((ROOT / "fleet.toml").read_text() + TINY)
-    assert load_fleet(path).profile["tiny"].households == 120
+    assert load_fleet(path).profile["tiny"].households == 200

@@ -1,7 +1,9 @@
 """The whole way on the small profile: what each stage left, and that it can be trusted."""
 
+import importlib.metadata
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -156,8 +158,13 @@ def test_bundle_is_the_same_bytes_elsewhere(
     before = os.umask(0o077)
     place = small.fleet.submodel[unit].target
     facts = json.loads((small.bundle(unit) / "bundle.json").read_text())["facts"]
-    _, libraries = closure(("serve.server", "serve.fetch", "shipyard.bundle"))
-    libraries |= {"tokenizers": bundling.importlib.metadata.version("tokenizers")} if place == "cpu" else {}
+    _, libraries = closure(
+        (
+            "serve.server",
+            "serve.fetch",
+        )
+    )
+    libraries |= {"tokenizers": importlib.metadata.version("tokenizers")}
     try:
         again = bundling.bundle(
             small.folder("joint", "data"),
@@ -181,7 +188,7 @@ def test_bundle_is_the_same_bytes_elsewhere(
 @pytest.mark.parametrize(("unit", "name"), UNITS.items())
 def test_runtime_opens_what_was_attested_and_nothing_else(small: Made, unit: str, name: str, tmp_path: Path) -> None:
     tree = tmp_path / "bundle"
-    bundling.shutil.copytree(small.bundle(unit), tree)
+    shutil.copytree(small.bundle(unit), tree)
     attestation = artifact(small, name).attestation
     model = open_bundle(tree, name, attestation, small.keys)
     [answer] = model.predict([{"history": [], "k": 5} | ({"query": "milk"} if model.task == "search" else {})])

@@ -17,7 +17,8 @@ from serve import fetch as fetching
 from serve.errors import ShipyardError
 from serve.trust import MANIFEST, key_id, load_keys, sha256_file
 from shipyard.publish import publish
-from shipyard.upload import FolderStore, S3Store, open_store, upload
+from shipyard.s3 import S3Store
+from shipyard.upload import FolderStore, open_store, upload
 from tests.test_trust import sample_body, write_release
 
 BUCKET = "shipyard-test"
@@ -226,7 +227,7 @@ def test_a_failed_put_over_an_earlier_file_leaves_the_earlier_one(artifact, tmp_
 def test_a_missing_bucket_is_told_in_one_line(s3, artifact, tmp_path):
     with pytest.raises(ShipyardError) as fault:
         upload(S3Store("shipyard-no-such-bucket", s3), artifact, tmp_path / "bundle", quiet)
-    assert "check the bucket and your rights" in str(fault.value)
+    assert "check the bucket, your credentials and your rights" in str(fault.value)
     assert "\n" not in str(fault.value)
 
 

@@ -122,8 +122,6 @@ def _predict(model: Model, body: bytes) -> tuple[int, Any]:
         return 200, model.predict([document])[0]
     except BadRequest as fault:
         return 400, {"error": str(fault)}
-    except RecursionError:
-        return 400, {"error": "the body is nested too deeply"}
     except Exception:
         log.exception("a prediction failed")
         return 500, {"error": "internal error"}

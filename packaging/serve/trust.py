@@ -4,7 +4,6 @@ The chain is: trusted public key -> signature of the release -> digest of bundle
 """
 
 import base64
-import binascii
 import hashlib
 import json
 from collections.abc import Mapping
@@ -95,7 +94,7 @@ def verify(document: Mapping[str, Any], keys: Keys, where: str) -> None:
         )
     try:
         key.verify(base64.b64decode(str(signature.get("value")), validate=True), canonical(document))
-    except (InvalidSignature, binascii.Error, rfc8785.CanonicalizationError):
+    except (InvalidSignature, ValueError, rfc8785.CanonicalizationError):
         raise ShipyardError(
             f"{where}: changed after it was signed", mend="restore the file; never edit a release by hand"
         ) from None
@@ -111,7 +110,7 @@ def read_json(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ShipyardError(f"{path}: no such file") from None
-    except ValueError as fault:
+    except (ValueError, RecursionError) as fault:
         raise ShipyardError(f"{path}: not valid JSON: {fault}", mend="restore the file") from None
     if not isinstance(document, dict):
         raise ShipyardError(f"{path}: not a JSON object", value=type(document).__name__, mend="restore the file")
@@ -170,7 +169,7 @@ def verify_attestation(name: str, manifest_sha256: str, attestation: str, keys: 
         )  # fmt: skip
     try:
         keys[signer].verify(base64.b64decode(value, validate=True), statement(name, manifest_sha256))
-    except (InvalidSignature, binascii.Error):
+    except (InvalidSignature, ValueError):
         raise ShipyardError(
             f"{where}: not the bundle that was attested as {name}", value=manifest_sha256, mend="fetch the bundle again"
         ) from None

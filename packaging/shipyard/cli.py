@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -212,7 +211,7 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    os.environ.setdefault("TORCH_LOGS", "-torch.onnx")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 

@@ -50,9 +50,9 @@ PAID = "sales_value > 0 AND NOT isnan(sales_value)"
 
 # lower case, letters and digits of any script, points inside numbers, long forms; each word once, where it came first
 WORDS = r"""
-CREATE MACRO spelled(label) AS list_transform(
+CREATE MACRO spelled(label) AS string_split(array_to_string(list_transform(
     list_transform(regexp_split_to_array(lower(label), '[^\p{L}\p{N}.]+'), lambda part: trim(part, '.')),
-    lambda part: coalesce(getvariable('long_form')[part], part));
+    lambda part: coalesce(getvariable('long_form')[part], part)), ' '), ' ');
 CREATE MACRO words(label) AS array_to_string(list_filter(
     spelled(label), lambda word, i: word <> '' AND i = list_position(spelled(label), word)), ' ')
 """

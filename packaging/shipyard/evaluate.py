@@ -49,11 +49,15 @@ def interval(values: Scores, seed: int = 7, rounds: int = 2000) -> dict[str, flo
 
 
 class Examples:
-    """The examples of one period, cut for each sub-model; those without a right answer are left out."""
+    """The examples of one period, one a household, cut for each sub-model.
+
+    Those without a right answer are left out; of the rest at most `most` are taken, spread over all.
+    """
 
     def __init__(self, behaviour: Behaviour, period: int, most: int, names: tuple[str, ...]) -> None:
         self.behaviour = behaviour
-        self.baskets = behaviour.first_baskets(period, most)
+        self.most = most
+        self.baskets = behaviour.first_baskets(period)
         self.queries = behaviour.queries(self.baskets)
         self.batches = Batches(behaviour, names)
 
@@ -61,12 +65,13 @@ class Examples:
         """Return view, right answers [B, K], baskets [B] and queries [B] of a sub-model."""
         view = self.batches.views(self.baskets, self.queries)[name]
         relevant = submodel.load(name).relevant(view)
-        kept = (relevant != 0).any(1)
-        if kept.sum() < 20:
+        kept = np.flatnonzero((relevant != 0).any(1))
+        if len(kept) < 20:
             raise ShipyardError(
-                f"evaluate: {name}: too few examples with a right answer", value=int(kept.sum()), allowed="20 or more",
+                f"evaluate: {name}: too few examples with a right answer", value=len(kept), allowed="20 or more",
                 mend="raise households or test_examples of the profile in fleet.toml",
             )  # fmt: skip
+        kept = kept[np.linspace(0, len(kept) - 1, min(self.most, len(kept))).astype(int)]
         cut = View(*(getattr(view, field)[kept] for field in ("items", "features", "bought", "asked")))
         return cut, relevant[kept], self.baskets[kept], self.queries[kept]
 

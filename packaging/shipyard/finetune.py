@@ -394,7 +394,7 @@ def train_joint(
     )
     joint.eval()
     with torch.inference_mode():
-        held = behaviour.first_baskets(VALIDATION, 512)
+        held = behaviour.first_baskets(VALIDATION)[:512]
         validation = losses(held, np.random.default_rng(config.seed), behaviour.items)
     return {**curve, "validation_loss": {name: float(loss) for name, loss in validation.items()}}
 
@@ -466,7 +466,7 @@ def _train(
         loss = loss_of(step)
         if not torch.isfinite(loss):
             raise ShipyardError(
-                f"finetune: {name}: loss is {float(loss)} at step {step}", allowed="a finite number",
+                f"finetune: {name}: loss is {float(loss.detach())} at step {step}", allowed="a finite number",
                 mend="look for extreme values in the data, or take smaller batches",
             )  # fmt: skip
         optimiser.zero_grad(set_to_none=True)

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -41,7 +42,7 @@ def signing_key(file: Path) -> Ed25519PrivateKey:
         )
     try:
         found = load_pem_private_key(file.read_bytes(), password=None)
-    except ValueError:
+    except (ValueError, TypeError, UnsupportedAlgorithm):  # TypeError: it is encrypted
         found = None
     if not isinstance(found, Ed25519PrivateKey):
         raise ShipyardError(f"{file}: not an Ed25519 private key in PEM", mend="move it away; a new one is made")

@@ -83,7 +83,8 @@ class Stage:
             for stale in folder.parent.glob(f".{self.name}-*"):
                 if stale != work:
                     shutil.rmtree(stale)
-            (work / RECORD).unlink(missing_ok=True)
+            for unfinished in (RECORD, f".{RECORD}.part"):
+                (work / unfinished).unlink(missing_ok=True)
             work.mkdir(parents=True, exist_ok=True)
             said = self.work(work)
             files = {

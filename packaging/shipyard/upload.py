@@ -3,7 +3,6 @@
 What is there already with the same digest is left; what is there with another one is an error, for a key is its content.
 """
 
-import base64
 import os
 import shutil
 from collections.abc import Callable
@@ -50,34 +49,6 @@ class FolderStore:
             part.unlink(missing_ok=True)
 
 
-class S3Store:
-    """A bucket, which encrypts by its own default key; S3 checks the SHA-256 of what arrives."""
-
-    def __init__(self, bucket: str, client: Any) -> None:
-        self.bucket, self.client = bucket, client
-
-    def digest(self, key: str) -> str | None:
-        """Return the SHA-256 that S3 holds of an object, or None."""
-        try:
-            head = self.client.head_object(Bucket=self.bucket, Key=key, ChecksumMode="ENABLED")
-        except self.client.exceptions.ClientError as fault:
-            if fault.response["Error"]["Code"] in ("404", "NoSuchKey"):
-                return None
-            raise ShipyardError(f"s3://{self.bucket}/{key}: {fault}", mend="check the bucket and your rights") from None
-        return base64.b64decode(head.get("ChecksumSHA256", "")).hex()
-
-    def put(self, key: str, file: Path, sha256: str) -> None:
-        """Write an object unless one is there, with its checksum."""
-        checksum = base64.b64encode(bytes.fromhex(sha256)).decode()
-        try:
-            with file.open("rb") as body:
-                self.client.put_object(Bucket=self.bucket, Key=key, Body=body, ChecksumSHA256=checksum, IfNoneMatch="*")
-        except self.client.exceptions.ClientError as fault:
-            if fault.response["Error"]["Code"] == "PreconditionFailed":
-                return  # another upload was first; its digest is compared by the caller
-            raise ShipyardError(f"s3://{self.bucket}/{key}: {fault}", mend="check the bucket and your rights") from None
-
-
 def open_store(uri: str) -> Store:
     """Return the store of a folder's path or of s3://bucket.
 
@@ -87,15 +58,15 @@ def open_store(uri: str) -> Store:
     parsed = urlparse(uri)
     if parsed.scheme == "":
         return FolderStore(Path(uri))
-    if parsed.scheme != "s3" or parsed.path.strip("/"):
+    if parsed.scheme != "s3" or not parsed.netloc or parsed.path.strip("/"):
         raise ShipyardError(
             "upload: cannot upload there", value=uri, allowed="a folder, or s3://bucket without a prefix"
         )
     try:
-        import boto3  # only an upload to S3 needs it
+        from shipyard import s3  # not at the top: only an upload to S3 needs boto3
     except ModuleNotFoundError:
         raise ShipyardError("upload to S3: boto3 is not installed", mend="pip install 'shipyard[aws]'") from None
-    return S3Store(parsed.netloc, boto3.client("s3"))
+    return s3.open_bucket(parsed.netloc)
 
 
 def upload(store: Store, artifact: dict[str, Any], folder: Path, progress: Callable[[str, int, int], None]) -> int:
