@@ -1,7 +1,8 @@
 """Synthesize the fleet: fleet.toml and the signed releases that it names become one stage of stacks an environment.
 
 Context: `-c env=dev,prod` restricts the environments; `-c release=PATH` takes that release for all of them, with the
-trusted keys of `-c keys=FOLDER` or of the folder `keys` beside it. Paths are relative to the folder of this file.
+trusted keys of `-c keys=FOLDER` or of the folder `keys` beside it; `-c fleet=PATH` names another fleet.toml. Paths are
+relative to the folder of this file.
 """
 
 import sys
@@ -49,8 +50,8 @@ def build(app: cdk.App, root: Path) -> None:
     Raises:
         ShipyardError: fleet.toml, a release, a key or the context is not what it should be.
     """
-    fleet = load_fleet(root / "fleet.toml")
-    wanted, release_path, keys_path = (app.node.try_get_context(key) for key in ("env", "release", "keys"))
+    wanted, release_path, keys_path, fleet_path = map(app.node.try_get_context, ("env", "release", "keys", "fleet"))
+    fleet = load_fleet(root / (fleet_path or "fleet.toml"))
     for name in dict.fromkeys(wanted.split(",") if wanted else fleet.env):
         if name not in fleet.env:
             raise ShipyardError("-c env: no such environment", value=name, allowed=", ".join(fleet.env))

@@ -2,6 +2,7 @@
 
 import datetime
 import difflib
+import ipaddress
 import re
 import tomllib
 from pathlib import Path
@@ -265,6 +266,15 @@ def _check_across(fleet: Fleet, where: str) -> None:
                 mend="remove the gate or add the sub-model",
             )
     for name, env in fleet.env.items():
+        try:
+            ipaddress.ip_network(env.cidr)
+        except ValueError as fault:
+            raise ShipyardError(
+                f"{where}: env.{name}.cidr: {fault}",
+                value=env.cidr,
+                allowed="10.0.0.0/16 to 10.255.0.0/16",
+                mend="correct it",
+            ) from None
         if len(set(env.zones)) < len(env.zones):
             raise ShipyardError(
                 f"{where}: env.{name}.zones: the same zone twice",

@@ -55,9 +55,9 @@ class Score(Settings):
 class Format(Settings):
     """Hold one exported form of a sub-model.
 
-    `parity` is the largest absolute difference of a logit from the form before it, `order` the part of top-10 places
-    that are equal, `loss` the part of the metric that the form costs, `latency_ms` the median of a single request on
-    the machine that made the release.
+    `parity` is the largest difference of a logit from the form before it, relative to the largest logit, `order` the
+    part of top-10 places that are equal, `loss` the part of the metric that the form costs, `latency_ms` the median of a
+    single request on the machine that made the release.
     """
 
     precision: Literal["fp32", "fp16", "int8"]
@@ -162,11 +162,6 @@ def files_digest(files: tuple[File, ...]) -> str:
 def artifact_key(name: str, digest: str) -> str:
     """Return the content-addressed prefix of an artifact, with a slash at its end."""
     return f"artifacts/{name}/{digest}/"
-
-
-def release_key(version: str) -> str:
-    """Return the key under which the release file itself is uploaded."""
-    return f"releases/{version}.json"
 
 
 def sign(body: dict[str, Any], semver: str, key: Ed25519PrivateKey) -> Release:

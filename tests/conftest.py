@@ -68,7 +68,9 @@ def shipyard(*arguments: object, cwd: Path = ROOT, **environment: str) -> subpro
 
 def make(build: Path, profile: str, *more: object) -> Made:
     """Make a release with a key of its own."""
-    done = shipyard("release", "--profile", profile, "--build", build, "--key", build / "signing.pem", "--json", *more)
+    done = shipyard(
+        "release", "--profile", profile, "--build", build, "--json", *more, XDG_CONFIG_HOME=str(build / "config")
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     version = json.loads(done.stdout)["version"]
     path = build / "releases" / f"{version}.json"

@@ -107,7 +107,6 @@ def test_restart_ends_where_an_unbroken_run_does(tmp_path: Path, monkeypatch: py
     found = run(broken, None)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=0)
-    assert not list(broken.iterdir())
 
 
 def test_diverged_training_is_an_error(tmp_path: Path) -> None:

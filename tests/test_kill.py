@@ -12,11 +12,11 @@ STAGES = ("data joint", "finetune joint", "evaluate joint", "split search", "exp
           "bundle search")  # fmt: skip
 
 
-def kill_in(stage: str, arguments: list[str]) -> list[str]:
+def kill_in(stage: str, arguments: list[str], config: Path) -> list[str]:
     """Start the command and kill it when it says that it starts `stage`; return what it said."""
     process = subprocess.Popen(
         [sys.executable, "-m", "shipyard.cli", *arguments], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
-        text=True, start_new_session=True, env=os.environ | {"COLUMNS": "200"},
+        text=True, start_new_session=True, env=os.environ | {"COLUMNS": "200", "XDG_CONFIG_HOME": str(config)},
     )  # fmt: skip
     told = []
     assert process.stderr is not None
@@ -34,21 +34,21 @@ def test_kill_in_every_stage(tiny_fleet: Path, tmp_path: Path) -> None:
     build = tmp_path / "build"
     arguments = [
         "release", "--fleet", str(tiny_fleet), "--profile", "tiny", "--build", str(build), "--no-synth",
-        "--key", str(tmp_path / "key.pem"), "--json",
+        "--json",
     ]  # fmt: skip
     for number, stage in enumerate(STAGES):
-        told = kill_in(stage, arguments)
+        told = kill_in(stage, arguments, tmp_path)
         done = [line.partition(":")[0].removeprefix("skipped").strip() for line in told if line.startswith("skipped")]
         # what had ended before the earlier kills is not done again
         assert set(STAGES[: max(0, number - 1)]) <= set(done), told
         unit, name = stage.split()[1], stage.split()[0]
         assert not (build / "tiny" / unit / name).exists()
         assert not (build / "releases").exists()
-    last = shipyard(*arguments)
+    last = shipyard(*arguments, XDG_CONFIG_HOME=str(tmp_path))
     assert last.returncode == 0, last.stderr[-3000:]
     assert list((build / "releases").glob("*.json"))
     leftovers = [p for p in build.rglob(".*") if p.is_dir() or p.suffix == ".part"]
     assert leftovers == []
-    again = shipyard(*arguments)
+    again = shipyard(*arguments, XDG_CONFIG_HOME=str(tmp_path))
     assert "start " not in again.stderr
     assert again.stdout == last.stdout

@@ -102,5 +102,12 @@ for model in $models; do
   port=$((port + 1))
 done
 # one that ends, ends all: the nucleus then starts the component again
-for pid in $pids; do wait "$pid" || { code=$?; kill $pids 2>/dev/null; exit "$code"; }; done
+while sleep 1; do
+  for pid in $pids; do
+    kill -0 "$pid" 2>/dev/null && continue
+    wait "$pid" && status=1 || status=$?
+    kill $pids 2>/dev/null || true
+    exit "$status"
+  done
+done
 """

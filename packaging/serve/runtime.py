@@ -122,7 +122,12 @@ class Model:
             raise BadRequest(f"{where}: unknown key", value=unknown[0], allowed=", ".join(sorted(allowed)))
         if self._tokenizer is not None:
             query = request.get("query")
-            if not isinstance(query, str) or not 0 < len(query) <= LONGEST_QUERY:
+            # JSON can write halves of a surrogate pair, which are no text
+            if (
+                not isinstance(query, str)
+                or any("\ud800" <= c <= "\udfff" for c in query)
+                or not 0 < len(query) <= LONGEST_QUERY
+            ):
                 raise BadRequest(
                     f"{where}: query: wrong", value=repr(query)[:80], allowed=f"1 to {LONGEST_QUERY} characters"
                 )

@@ -32,7 +32,7 @@ def config(name: str, inputs: tuple[str, ...], returned: int, most: int = 32) ->
         f'output {{ name: "rows" data_type: TYPE_INT64 dims: [ {returned} ] }}',
         f'output {{ name: "scores" data_type: TYPE_FP32 dims: [ {returned} ] }}',
         "instance_group [ { count: 1 kind: KIND_GPU } ]",
-        # requests of one shape are batched by Triton; the client pads to a multiple so that shapes meet
+        # Triton batches requests of one shape alone: clients that pad to few lengths gain most
         "dynamic_batching { max_queue_delay_microseconds: 1000 }",
         "model_warmup [ {",
         '  name: "one request" batch_size: 1',

@@ -6,6 +6,7 @@ digest and says what a runtime must know; the bundle holds no time, no path and 
 
 import hashlib
 import json
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from serve import greengrass, triton
 from serve.errors import ShipyardError
 from serve.history import FEATURES, LIMIT
 from serve.runtime import SCHEMA, Model
-from serve.trust import MANIFEST, sha256_file
+from serve.trust import MANIFEST, check_bundle, sha256_file
 from shipyard.evaluate import Examples
 from shipyard.export import IR_VERSION, OPSET
 
@@ -62,7 +63,7 @@ def bundle(
     """
     kebab = name.replace("_", "-")
     module = submodel.load(name)
-    tree = out / "bundle"
+    tree = _empty(out)
     model_path = f"model_repository/{kebab}/1/model.onnx" if place == "gpu" else "model.onnx"
     _copy(quantised / "model.onnx", tree / model_path)
     graph = onnx.load(tree / model_path)
@@ -120,7 +121,7 @@ def bundle(
 
 def bundle_runtime(target: Target, out: Path) -> dict[str, Any]:
     """Write the edge's runtime, code alone, as a bundle and its zip; return its artifact."""
-    tree = out / "bundle"
+    tree = _empty(out)
     _copy_code(tree / "serve", ("server.py",))
     _write(tree / "install.sh", greengrass.INSTALL)
     _write(tree / "run.sh", greengrass.RUN)
@@ -131,7 +132,7 @@ def bundle_runtime(target: Target, out: Path) -> dict[str, Any]:
 def _zipped(out: Path, kebab: str, name: str | None, manifest: str, target: Target, component: str) -> dict[str, Any]:
     """Zip a bundle for Greengrass and return its artifact, with the recipe as its template."""
     archive = out / "upload" / f"{kebab}.zip"
-    archive.parent.mkdir()
+    archive.parent.mkdir(parents=True)
     write_zip(out / "bundle", archive)
     files = _files(archive.parent)
     kind = "greengrass-model" if name else "greengrass-runtime"
@@ -194,12 +195,21 @@ def _golden(data: Path, name: str, model: Model) -> list[dict[str, Any]]:
     return [{"request": r, "answer": a} for r, a in zip(requests, model.predict(requests), strict=True)]
 
 
+def _empty(out: Path) -> Path:
+    """Remove what a run that was killed has left of a bundle, for it would be sealed too; return the bundle's folder."""
+    for name in ("bundle", "upload"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    return out / "bundle"
+
+
 def _seal(tree: Path, document: dict[str, Any]) -> str:
     """Write bundle.json with the digests of all other files; return its own digest."""
     document["files"] = [file.model_dump() for file in _files(tree)]
     text = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
     _write(tree / MANIFEST, text)
-    return sha256_file(tree / MANIFEST)
+    digest = sha256_file(tree / MANIFEST)
+    check_bundle(tree, digest)
+    return digest
 
 
 def _files(tree: Path) -> tuple[File, ...]:

@@ -15,25 +15,29 @@ from models.release import Release, read_release
 from serve.errors import ShipyardError
 from serve.trust import load_keys
 from shipyard.console import Reporter, print_release, release_markdown
+from shipyard.keys import signing_key
 from shipyard.publish import publish
 from shipyard.release import VERBS, Line, release
 from shipyard.stage import Record, Stage
+from shipyard.upload import open_store, upload_release
 
 ABOUT = """\
 Shipyard packages one fine-tuned e-commerce model for a hybrid cloud.
 
   data -> finetune -> evaluate -> split -> export -> quantise -> bundle -> release -> synth
 
-Each of these verbs runs what comes before it too. A stage whose inputs, configuration, code and library versions have
-not changed is skipped; one that was killed goes on. Everything is written below build/.
+Each verb up to release runs what comes before it too. A stage whose inputs, configuration, code and library versions
+have not changed is skipped; one that was killed goes on. They write below build/ alone; publish writes releases/, synth
+cdk.out/.
 """
 
 EXAMPLES = """\
 examples:
   shipyard release                      walk the whole way with the profile "quick"
   shipyard evaluate --profile small     train on a sample and print the figures
-  shipyard release --to s3://my-bucket  upload to a bucket instead of build/store
   shipyard publish 0.1.0-g0123456789ab  take a local release into releases/, to be committed
+  shipyard upload 0.1.0-g0123456789ab --to s3://my-bucket
+                                        send a published release's artifacts to an environment's bucket
   shipyard synth --env dev              synthesize one environment
 
 exit codes: 0 done; 1 an error, told in one line; 2 wrong usage; 130 interrupted
@@ -49,6 +53,7 @@ HELP = {
     "bundle": "make each target's artifact, reproducible to the byte",
     "release": "do all of it, sign, upload, write the release file, synthesize the stacks",
     "publish": "verify a local release and copy it into releases/",
+    "upload": "send the artifacts of a published release from build/store to a bucket",
     "synth": "synthesize the stacks with the pinned CDK CLI",
     "show": "verify a release file and print its table",
 }
@@ -79,11 +84,14 @@ def parser() -> argparse.ArgumentParser:
         add(verb, sizes, more=" Runs the stages before it as far as they are not done.")
     making = add("release", sizes)
     making.add_argument("--to", default=None, metavar="STORE", help="a folder or s3://bucket (default: build/store)")
-    making.add_argument("--key", type=Path, default=None, help="private key in PEM; made on first use (default: "
-                        "$XDG_CONFIG_HOME/shipyard/signing.pem)")  # fmt: skip
+    making.add_argument("--key", type=Path, default=None, help="private key in PEM (default: $XDG_CONFIG_HOME/"
+                        "shipyard/signing.pem, or ~/.config, made on first use)")  # fmt: skip
     making.add_argument("--no-synth", action="store_true", help="stop after the release file")
     publishing = add("publish")
     publishing.add_argument("version", help="version of a release in build/releases/, e.g. 0.1.0-g0123456789ab")
+    sending = add("upload", more=" What is there already is not sent again.")
+    sending.add_argument("version", help="version of a release in releases/, e.g. 0.1.0-g0123456789ab")
+    sending.add_argument("--to", required=True, metavar="STORE", help="s3://bucket, or a folder")
     synthesizing = add("synth", more=" Needs no credentials and no network.")
     synthesizing.add_argument("--env", default="", help="environments, with commas between (default: all)")
     synthesizing.add_argument("--release", type=Path, help="a release file to take for all of them (default: what "
@@ -116,7 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(chosen: argparse.Namespace, reporter: Reporter) -> int:
     if chosen.verb == "show":
-        found = read_release(chosen.release, load_keys(chosen.release.parent / "keys"))
+        found = _read(chosen.release)
         if chosen.markdown:
             print(release_markdown(found))
             return 0
@@ -128,8 +136,16 @@ def _run(chosen: argparse.Namespace, reporter: Reporter) -> int:
         found = publish(build / "releases" / f"{chosen.version}.json", root / "releases")
         reporter.line(f"published releases/{found.version}.json; commit it and its key, and name it in fleet.toml")
         return _print(found, chosen.json)
+    if chosen.verb == "upload":
+        found = _read(root / "releases" / f"{chosen.version}.json")
+        sent = upload_release(found, build / "store", open_store(chosen.to), reporter.progress)
+        print(json.dumps({"version": found.version, "bytes_sent": sent}))
+        return 0
     if chosen.verb == "synth":
-        _synth(root, chosen.out or root / "cdk.out", chosen.env, chosen.release, chosen.validate, reporter)
+        _synth(
+            chosen.fleet, chosen.out or root / "cdk.out", reporter, env=chosen.env, release=chosen.release,
+            validate=chosen.validate,
+        )  # fmt: skip
         return 0
     with _lock(build):
         return _make(chosen, fleet, root, build, reporter)
@@ -155,19 +171,35 @@ def _make(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, rep
         print(json.dumps(said, ensure_ascii=False, indent=None if chosen.json else 2))
         return 0
     home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    path, found = release(line, chosen.key or home / "shipyard" / "signing.pem", chosen.to or str(build / "store"))
+    key_file = chosen.key or home / "shipyard" / "signing.pem"
+    if not key_file.exists() and chosen.key is None:
+        reporter.line(f"makes    a signing key, {key_file}")
+    # read before hours of training, not after
+    key = signing_key(key_file, make=chosen.key is None)
+    path, found = release(line, key, chosen.to or str(build / "store"))
     if not chosen.no_synth:
-        _synth(root, build / chosen.profile / "cdk.out", "", path, False, reporter)
+        _synth(chosen.fleet, build / chosen.profile / "cdk.out", reporter, release=path)
     reporter.line(f"release  {path}")
     return _print(found, chosen.json)
 
 
-def _synth(root: Path, out: Path, env: str, release: Path | None, validate: bool, reporter: Reporter) -> None:
+def _read(path: Path) -> Release:
+    """Read and verify a release file with the keys beside it."""
+    if not path.is_file():
+        there = ", ".join(sorted(found.stem for found in path.parent.glob("*.json"))) or "none"
+        raise ShipyardError(f"{path}: no such release file", allowed=there, mend="name one that is there")
+    return read_release(path, load_keys(path.parent / "keys"))
+
+
+def _synth(
+    fleet: Path, out: Path, reporter: Reporter, *, env: str = "", release: Path | None = None, validate: bool = False
+) -> None:
     """Run the pinned CDK CLI, offline and without credentials."""
+    root = fleet.resolve().parent
     cli = root / "node_modules" / ".bin" / "cdk"
     if not cli.exists():
         raise ShipyardError("synth: the CDK CLI is not installed", value=str(cli), mend="make setup")
-    command = [str(cli), "synth", "--quiet", "--output", str(out)]
+    command = [str(cli), "synth", "--quiet", "--output", str(out.resolve()), "--context", f"fleet={fleet.resolve()}"]
     if env:
         command += ["--context", f"env={env}"]
     if release is not None:
@@ -181,9 +213,9 @@ def _synth(root: Path, out: Path, env: str, release: Path | None, validate: bool
     }
     with reporter.stage("synth"):
         finished = subprocess.run(command, cwd=root, env=surroundings, capture_output=True, text=True, check=False)
-    if finished.returncode != 0:
-        told = [line.removeprefix("error: ") for line in finished.stderr.splitlines() if line.startswith("error: ")]
-        raise ShipyardError(told[0] if told else f"synth failed: {finished.stderr.strip()[-2000:]}")
+        if finished.returncode != 0:
+            told = [line.removeprefix("error: ") for line in finished.stderr.splitlines() if line.startswith("error: ")]
+            raise ShipyardError(told[0] if told else f"synth failed: {finished.stderr.strip()[-2000:]}")
     reporter.line(f"synthesized {out}")
 
 

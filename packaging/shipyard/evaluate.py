@@ -86,10 +86,14 @@ def rank(scorer: Callable[[View, Ints], npt.NDArray[np.float32]], view: View, qu
 
 
 def top(scores: npt.NDArray[Any]) -> Ints:
-    """Return the rows of the ten highest scores [B, 10], the highest first; row 0, the padding, is left out."""
-    some = np.argpartition(-scores[:, 1:], PLACES - 1, axis=1)[:, :PLACES] + 1
-    order = np.argsort(-np.take_along_axis(scores, some, 1), axis=1, kind="stable")
-    return np.take_along_axis(some, order, 1)
+    """Return the rows of the ten highest scores [B, 10], the highest first, ties by the lower row; row 0 is left out."""
+    ranked = np.empty((len(scores), PLACES), np.int64)
+    for line, each in zip(ranked, scores[:, 1:], strict=True):
+        # a partition alone takes any of those that tie for the last place, and many products share one text
+        least = np.partition(each, -PLACES)[-PLACES]
+        some = np.flatnonzero(each >= least)
+        line[:] = some[np.argsort(-each[some], kind="stable")[:PLACES]] + 1
+    return ranked
 
 
 def score_joint(joint: trunk.Joint, vectors: Vectors, name: str) -> Callable[[View, Ints], npt.NDArray[np.float32]]:

@@ -90,14 +90,19 @@ def export(data: Path, alone: Path, base: Path, config: Finetune, name: str, out
         parity = max(
             parity, float(np.abs(scores - np.take_along_axis(logits, rows, 1)).max() / np.abs(logits[:, 1:]).max())
         )
-        # equal scores may come in either order
-        same = np.take_along_axis(logits, rows[:, :PLACES], 1) == np.take_along_axis(logits, expected, 1)
+        # scores that are equal within the tolerance may come in either order
+        apart = np.abs(np.take_along_axis(logits, rows[:, :PLACES], 1) - np.take_along_axis(logits, expected, 1))
+        same = apart <= TOLERANCE * np.abs(logits[:, 1:]).max()
         order.append(((rows[:, :PLACES] == expected) | same).mean())
     if not parity <= TOLERANCE:
         raise ShipyardError(
             f"export: {name}: ONNX differs from torch", value=f"{parity:.2e}", allowed=f"{TOLERANCE} of the largest logit",
             mend="look for an operator that the exporter approximates",
         )  # fmt: skip
+    if not min(order) == 1:
+        raise ShipyardError(
+            f"export: {name}: ONNX ranks otherwise than torch", value=f"{min(order):.1%} of places equal"
+        )
     return {"precision": "fp32", "bytes": file.stat().st_size, "parity": parity, "order": float(np.mean(order))}
 
 

@@ -59,7 +59,7 @@ def finetune(
     before.safetensors and after.safetensors (text vectors by the untouched and by the tuned tower), tokenizer.json.
 
     Returns:
-        The record: that weights moved, that the merge kept the outputs, ranks, losses and seconds.
+        The record: that weights moved, that the merge kept the outputs, ranks, losses.
 
     Raises:
         ShipyardError: training diverged, or the adapter did nothing.
@@ -75,6 +75,7 @@ def finetune(
         found = train_tower(tower, tokenizer, behaviour, config, profile, out, progress)
         _write_atomically(out / "tower.json", json.dumps(found))
         _save(out / "tower.safetensors", tower.state_dict())
+        (out / "tower.checkpoint.pt").unlink(missing_ok=True)
     record["tower"] = json.loads((out / "tower.json").read_text())
     tower.load_state_dict(load_file(out / "tower.safetensors"))
     tokenizer.backend_tokenizer.save(str(out / "tokenizer.json"))
@@ -89,6 +90,7 @@ def finetune(
     joint = build_joint(behaviour, after, config, tuple(weights))
     record["joint"] = train_joint(joint, behaviour, after, config, profile, weights, out, progress)
     _save(out / "joint.safetensors", joint.state_dict())
+    (out / "joint.checkpoint.pt").unlink(missing_ok=True)
     return record
 
 
@@ -177,7 +179,11 @@ def train_tower(
             adapted.base_model.update_and_allocate(step + 1)  # type: ignore[operator,union-attr]
 
     rate = 5e-5 if config.method == "full" else 1e-3
-    curve = _train("tower", trained, [{"params": trained, "lr": rate}], steps, loss_of, after, tower, out, progress)
+    # what AdaLoRA's allocator has averaged is not in a checkpoint, so that it starts again from the first step
+    curve = _train(
+        "tower", trained, [{"params": trained, "lr": rate}], steps, loss_of, after, tower, out, progress,
+        resumable=config.method != "adalora",
+    )  # fmt: skip
     record: dict[str, Any] = {
         "parameters_trained": sum(p.numel() for p in trained),
         "weights_moved": float(sum((p.detach() - s).norm() ** 2 for p, s in zip(trained, start, strict=True)) ** 0.5),
@@ -299,7 +305,9 @@ class Batches:
         for name, place in self.place.items():
             key = place.tobytes()
             if key not in made:
-                made[key] = self.behaviour.view(baskets, queries, None if len(self.rows[name]) == place[-1] else place)
+                made[key] = self.behaviour.view(
+                    baskets, queries, None if len(self.rows[name]) == self.behaviour.items else place
+                )
             views[name] = made[key]
         return views
 
@@ -343,6 +351,13 @@ def train_joint(
 ) -> dict[str, Any]:
     """Train the joint model in place on baskets of the train period."""
     batches = Batches(behaviour, weights)
+    for name in weights:
+        teacher = submodel.load(name).TEACHER
+        if teacher is not None and not np.isin(batches.rows[name], batches.rows[teacher]).all():
+            raise ShipyardError(
+                f"submodel.{name}: ranks rows that its teacher does not", value=teacher, allowed="rows of the teacher",
+                mend="narrow its rows, or let it learn without a teacher",
+            )  # fmt: skip
     popularity = torch.from_numpy(behaviour.popularity).float()
     with torch.no_grad():
         for name, rows in batches.rows.items():
@@ -442,8 +457,12 @@ def _train(
     module: nn.Module,
     out: Path,
     progress: Progress,
+    resumable: bool = True,
 ) -> dict[str, Any]:
-    """Run AdamW with warm-up and cosine decay; go on from a checkpoint in `out` when there is one."""
+    """Run AdamW with warm-up and cosine decay; go on from a checkpoint in `out` when there is one.
+
+    The caller removes the checkpoint once it has saved what was trained.
+    """
     parameters = list(parameters)
     optimiser = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
     warm = max(1, steps // 10)
@@ -453,14 +472,13 @@ def _train(
     )
     file = out / f"{name}.checkpoint.pt"
     curve: list[float] = []
-    spent = 0.0
     if file.exists():
         state = torch.load(file, weights_only=True)
         module.load_state_dict(state["module"])
         optimiser.load_state_dict(state["optimiser"])
         schedule.load_state_dict(state["schedule"])
-        curve, spent = state["curve"], state["seconds"]
-    began = saved = time.monotonic()
+        curve = state["curve"]
+    saved = time.monotonic()
     for step in range(len(curve), steps):
         torch.manual_seed(step)  # dropout draws the same after a restart
         loss = loss_of(step)
@@ -477,15 +495,14 @@ def _train(
         after(step)
         curve.append(float(loss.detach()))
         progress(f"train {name}, loss {np.mean(curve[-20:]):.3f}", step + 1, steps)
-        if time.monotonic() - saved > CHECKPOINT_SECONDS and step + 1 < steps:
+        if resumable and time.monotonic() - saved > CHECKPOINT_SECONDS and step + 1 < steps:
             state = {
                 "module": module.state_dict(), "optimiser": optimiser.state_dict(), "schedule": schedule.state_dict(),
-                "curve": curve, "seconds": spent + time.monotonic() - began,
+                "curve": curve,
             }  # fmt: skip
             torch.save(state, file.with_suffix(".tmp"))
             file.with_suffix(".tmp").replace(file)
             saved = time.monotonic()
-    file.unlink(missing_ok=True)
     tenth = max(1, steps // 10)
     return {
         "steps": steps,

@@ -17,12 +17,14 @@ from serve.errors import ShipyardError
 from serve.trust import key_id
 
 
-def signing_key(file: Path) -> Ed25519PrivateKey:
-    """Read the private key of `file` (PKCS 8, PEM), or make it there with mode 0600.
+def signing_key(file: Path, *, make: bool = True) -> Ed25519PrivateKey:
+    """Read the private key of `file` (PKCS 8, PEM), or make it there with mode 0600 if `make` allows it.
 
     Raises:
-        ShipyardError: the file is no Ed25519 key, or others can read it.
+        ShipyardError: the file is missing and may not be made, is no Ed25519 key, or others can read it.
     """
+    if not file.exists() and not make:
+        raise ShipyardError(f"{file}: no such signing key", mend="correct --key; without it a key of your own is made")
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         key = Ed25519PrivateKey.generate()

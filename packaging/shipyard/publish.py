@@ -15,6 +15,9 @@ def publish(release: Path, releases: Path) -> Release:
         ShipyardError: it is not signed by the key beside it, or a release of this version is there with other content.
     """
     keys = release.parent / "keys"
+    if not release.is_file():
+        made = ", ".join(sorted(path.stem for path in release.parent.glob("*.json"))) or "none: make release"
+        raise ShipyardError(f"{release}: no such release", value=release.stem, allowed=made)
     found = read_release(release, load_keys(keys))
     target = releases / release.name
     if target.exists() and target.read_text(encoding="utf-8") != dump(found):

@@ -26,6 +26,9 @@ from shipyard.export import Requests, check_versions, open_session, requests, ru
 LARGE = 65536
 """Elements from which a weight is worth quantising."""
 
+LEAST_ORDER = 0.8
+"""Part of the top-10 places that must stay: neighbours with almost equal scores may change places."""
+
 SAME = 1e-3
 """Largest difference of a score between a request alone and in a batch, relative to the largest score."""
 
@@ -39,7 +42,7 @@ def quantise(
         Two forms' records: fp32, and the target's.
 
     Raises:
-        ShipyardError: the metric loses more than `target.max_loss`, or a batch changes a request's answer.
+        ShipyardError: the metric loses more than `target.max_loss`, the order changes, or a batch changes an answer.
     """
     source, file = exported / "model.onnx", out / "model.onnx"
     model = onnx.load(source)
@@ -68,6 +71,11 @@ def quantise(
             allowed=f"{target.max_loss:.2%} at most", mend="choose another precision for the target in fleet.toml",
         )  # fmt: skip
     parity, order = _compare(plain, small, wanted)
+    if not order >= LEAST_ORDER:
+        raise ShipyardError(
+            f"quantise: {name}: {target.precision} changes too many of the first ten places", value=f"{order:.1%} are equal",
+            allowed=f"{LEAST_ORDER:.0%} or more", mend="choose another precision for the target in fleet.toml",
+        )  # fmt: skip
     alone = _alone_against_batch(small, wanted)
     if not alone <= SAME:
         raise ShipyardError(

@@ -9,13 +9,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from models import submodel
 from models.config import Fleet, Profile
 from models.release import Release, attest, dump, read_release, sign
 from models.submodel import MAX_TOKENS
 from serve.errors import ShipyardError
 from serve.trust import load_keys, sha256_file
-from shipyard.keys import signing_key, write_public
+from shipyard.keys import write_public
 from shipyard.stage import Record, Stage, closure, digest, write
 from shipyard.upload import open_store, upload
 
@@ -170,7 +172,7 @@ class Line:
             def runtime(out: Path) -> Any:
                 return importlib.import_module("shipyard.bundle").bundle_runtime(target, out)
 
-            return self._run("bundle", name, (), _plain(target), runtime)
+            return self._run("bundle", name, (), _plain(target), runtime, "serve.server")
         data, alone, tuned, quantised = self.data, self.split(name), self.finetune, self.quantise(name)
         place = self.fleet.submodel[name].target
         target = self.fleet.target[place]
@@ -215,14 +217,13 @@ class Line:
         return {unit: getattr(self, verb)(unit) for unit in units}
 
 
-def release(line: Line, key_file: Path, store_uri: str) -> tuple[Path, Release]:
+def release(line: Line, key: Ed25519PrivateKey, store_uri: str) -> tuple[Path, Release]:
     """Make a release: bundle, sign, upload, verify, and write the release file into build/releases/.
 
     Returns:
         The release file's path and its content.
     """
     artifacts = {unit: dict(record.said) for unit, record in line.until("bundle").items()}
-    key = signing_key(key_file)
     folders = {unit: line.bundle(unit).folder / artifact.pop("folder") for unit, artifact in artifacts.items()}
     for artifact in artifacts.values():
         artifact["attestation"] = attest(artifact["name"], artifact["manifest"], key)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlparse
 
+from models.release import Release
 from serve.errors import ShipyardError
 from serve.trust import sha256_file
 
@@ -67,6 +68,15 @@ def open_store(uri: str) -> Store:
     except ModuleNotFoundError:
         raise ShipyardError("upload to S3: boto3 is not installed", mend="pip install 'shipyard[aws]'") from None
     return s3.open_bucket(parsed.netloc)
+
+
+def upload_release(found: Release, source: Path, store: Store, progress: Callable[[str, int, int], None]) -> int:
+    """Upload all artifacts of a release from `source`, the folder in a bucket's layout where it was made.
+
+    Returns:
+        How many bytes were sent.
+    """
+    return sum(upload(store, artifact.model_dump(), source / artifact.key, progress) for artifact in found.artifacts)
 
 
 def upload(store: Store, artifact: dict[str, Any], folder: Path, progress: Callable[[str, int, int], None]) -> int:
