@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serve.errors import ShipyardError
 
-Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$", description="a name like edge_recommend")]
 TargetName = Literal["gpu", "cpu", "edge"]
 
 
@@ -25,8 +25,10 @@ class Settings(BaseModel):
 class Project(Settings):
     """Name the project: `name` is the prefix of stacks, `version` the major.minor.patch of its releases."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,15}$")]
-    version: Annotated[str, Field(pattern=r"^(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)$")]
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,15}$", description="1 to 16 of a-z, 0-9 and -")]
+    version: Annotated[
+        str, Field(pattern=r"^(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)$", description="major.minor.patch, as 0.1.0")
+    ]
 
 
 class Data(Settings):
@@ -113,7 +115,13 @@ class SubmodelEntry(Settings):
 class GpuSettings(Settings):
     """Size the public SageMaker endpoint."""
 
-    instance_type: Annotated[str, Field(pattern=r"^ml\.(g4dn|g5|g6|g6e)\.[0-9]*xlarge$")]
+    instance_type: Annotated[
+        str,
+        Field(
+            pattern=r"^ml\.(g4dn|g5|g6|g6e)\.[0-9]*xlarge$",
+            description="a type of ml.g4dn, ml.g5, ml.g6 or ml.g6e, as ml.g5.xlarge",
+        ),
+    ]
     instances: Annotated[int, Field(ge=1, le=100)] = 1
 
 
@@ -126,13 +134,21 @@ class CpuSettings(Settings):
     cpu: Literal[256, 512, 1024, 2048, 4096, 8192, 16384]
     memory_mib: Annotated[int, Field(ge=512, le=122880)]
     tasks: Annotated[int, Field(ge=1, le=100)] = 1
-    image: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9/_.-]{0,254}@sha256:[0-9a-f]{64}$")]
+    image: Annotated[
+        str,
+        Field(
+            pattern=r"^[a-z0-9][a-z0-9/_.-]{0,254}@sha256:[0-9a-f]{64}$",
+            description="repository@sha256: and 64 hex digits",
+        ),
+    ]
 
 
 class EdgeSettings(Settings):
     """Name the thing group that receives the components, and the Greengrass versions that are deployed with them."""
 
-    thing_group: Annotated[str, Field(pattern=r"^[A-Za-z0-9:_-]{1,128}$")]
+    thing_group: Annotated[
+        str, Field(pattern=r"^[A-Za-z0-9:_-]{1,128}$", description="1 to 128 letters, digits, :, _ and -")
+    ]
     nucleus_version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+$")]
     token_exchange_version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+$")]
 
@@ -140,11 +156,11 @@ class EdgeSettings(Settings):
 class Environment(Settings):
     """Describe one environment: where it lies, which release it runs and how large each target is."""
 
-    account: Annotated[str, Field(pattern=r"^\d{12}$")]
-    region: Annotated[str, Field(pattern=r"^[a-z]{2}(-[a-z]+)+-\d$")]
+    account: Annotated[str, Field(pattern=r"^\d{12}$", description="12 digits")]
+    region: Annotated[str, Field(pattern=r"^[a-z]{2}(-[a-z]+)+-\d$", description="a region, as us-east-1")]
     # an application load balancer wants two
     zones: Annotated[tuple[str, ...], Field(min_length=2)]
-    cidr: Annotated[str, Field(pattern=r"^10\.\d{1,3}\.0\.0/16$")]
+    cidr: Annotated[str, Field(pattern=r"^10\.\d{1,3}\.0\.0/16$", description="10.0.0.0/16 to 10.255.0.0/16")]
     release: str
     gpu: GpuSettings
     cpu: CpuSettings
@@ -204,25 +220,31 @@ def explain(fault: ValidationError, model: type[BaseModel], where: str) -> Shipy
     path = [str(part) for part in error["loc"] if part != "[key]"]
     what = f"{where}: {'.'.join(path)}"
     if error["type"] == "extra_forbidden":
-        known = _known_keys(model, error["loc"][:-1])
+        known = sorted(_at(model, error["loc"][:-1]).model_fields)
         close = difflib.get_close_matches(path[-1], known, n=1)
         mend = f'did you mean "{close[0]}"?' if close else "remove it"
         return ShipyardError(f"{what}: unknown key", allowed=", ".join(known), mend=mend)
     if error["type"] == "missing":
         return ShipyardError(f"{what}: missing", mend="add it")
     value = "(a table)" if isinstance(error["input"], dict) else error["input"]
-    return ShipyardError(f"{what}: not allowed", value=value, allowed=error["msg"], mend="correct the value")
+    described = _at(model, error["loc"][:-1]).model_fields.get(path[-1]) if error["loc"][-1] == path[-1] else None
+    # a pattern says little to most; what it stands for says more
+    if error["type"] == "string_pattern_mismatch" and described is not None and described.description:
+        allowed = described.description
+    else:
+        allowed = error["msg"].removeprefix("Input should be ").removeprefix("String should ")
+    return ShipyardError(f"{what}: not allowed", value=value, allowed=allowed, mend="correct the value")
 
 
-def _known_keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    """List the keys of the table at `path` below `model`."""
+def _at(model: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel]:
+    """Return the table's model at `path` below `model`; an empty one where no table is."""
     node: Any = model
     for part in path:
         if isinstance(node, type) and issubclass(node, BaseModel):
             node = node.model_fields[str(part)].annotation
         else:  # a dict[Name, Model] or tuple[Model, ...]
             node = [a for a in get_args(node) if a is not Ellipsis][-1]
-    return sorted(node.model_fields)
+    return node if isinstance(node, type) and issubclass(node, BaseModel) else BaseModel
 
 
 def _tuples(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """Fine-tuning: every method moves the tower, the losses have the gradients they claim, a restart changes nothing."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,17 @@ def test_sampled_columns_estimate_the_whole_softmax(behaviour) -> None:
     assert abs(np.mean(sums) - whole) < 4 * error
     view = views["recommend"]
     assert set(np.unique(view.bought)) - {0} <= set(columns.rows[columns.log_weight == 0].tolist())
+
+
+def test_rows_of_a_part_are_its_own_even_with_the_last_item(behaviour) -> None:
+    local = behaviour.local.copy()
+    local[-1] = True
+    part = dataclasses.replace(behaviour, local=local)
+    batches = finetune.Batches(part, ("recommend", "edge_recommend"))
+    chosen = part.baskets(TRAIN, fewest=20)[:50]
+    views = batches.views(chosen, part.queries(chosen))
+    assert views["edge_recommend"].items.max() <= len(batches.rows["edge_recommend"]) < part.items
+    assert views["recommend"].items.max() > len(batches.rows["edge_recommend"])
 
 
 class Interrupted(Exception):

@@ -472,3 +472,10 @@ def test_another_content_or_name_makes_other_bytes(tmp_path):
     (tmp_path / "tree" / "z.txt").rename(tmp_path / "tree" / "y.txt")
     write_zip(tmp_path / "tree", tmp_path / "two.zip")
     assert (tmp_path / "one.zip").read_bytes() != (tmp_path / "two.zip").read_bytes()
+
+
+def test_top_breaks_ties_by_the_lower_row():
+    scores = np.zeros((1, 500))
+    scores[0, 400] = 1.0
+    scores[0, [7, 9, 300]] = 0.5
+    assert top(scores)[0].tolist() == [400, 7, 9, 300, 1, 2, 3, 4, 5, 6]

@@ -23,6 +23,7 @@ from serve.runtime import open_bundle
 from serve.trust import sha256_file
 from shipyard import bundle as bundling
 from shipyard.stage import closure
+from shipyard.upload import FolderStore, upload_release
 
 UNITS = {"search": "search", "recommend": "recommend", "edge_recommend": "edge-recommend"}
 
@@ -165,6 +166,10 @@ def test_bundle_is_the_same_bytes_elsewhere(
         )
     )
     libraries |= {"tokenizers": importlib.metadata.version("tokenizers")}
+    # what a run that was killed may have left
+    for left in ("bundle/bundle.json", "bundle/model.onnx", "upload/part.zip"):
+        (tmp_path / left).parent.mkdir(exist_ok=True)
+        (tmp_path / left).write_text("left behind")
     try:
         again = bundling.bundle(
             small.folder("joint", "data"),
@@ -243,6 +248,19 @@ def test_store_holds_every_file_of_the_release(small: Made) -> None:
     for found in small.release.artifacts:
         for file in found.files:
             assert sha256_file(small.build / "store" / found.key / file.path) == file.sha256
+
+
+def test_release_is_uploaded_from_where_it_was_made(small: Made, tmp_path: Path) -> None:
+    def quiet(*_: object) -> None:
+        pass
+
+    store = FolderStore(tmp_path / "bucket")
+    size = sum(found.bytes for found in small.release.artifacts)
+    assert upload_release(small.release, small.build / "store", store, quiet) == size
+    assert upload_release(small.release, small.build / "store", store, quiet) == 0
+    flip(tmp_path / "bucket" / artifact(small, "recommend").key / "model.onnx")
+    with pytest.raises(ShipyardError, match="another content"):
+        upload_release(small.release, small.build / "store", store, quiet)
 
 
 def test_stacks_were_synthesized(small: Made) -> None:
