@@ -239,32 +239,38 @@ FAULTS = {
         'precision = "fp16"', 'precision = "fp8"', "target.gpu.precision: not allowed; value: 'fp8'; allowed: ", "'int8'",
     ),
     "a name in capitals": (
-        'name = "shipyard"', 'name = "Shipyard"', "project.name: not allowed; value: 'Shipyard'; allowed: ", "1 to 16 of a-z, 0-9 and -",
+        'name = "shipyard"', 'name = "Shipyard"', "project.name: not allowed; value: 'Shipyard'; allowed: ",
+        "1 to 16 of a-z, 0-9 and -",
     ),
     "a sub-model's name with a hyphen": (
         "[submodel.recommend]", "[submodel.re-commend]", "submodel.re-commend: not allowed; value: 're-commend'", "pattern",
     ),
     "a Chinese name": (
-        'name = "shipyard"', 'name = "船坞"', "project.name: not allowed; value: '船坞'; allowed: ", "1 to 16 of a-z, 0-9 and -",
+        'name = "shipyard"', 'name = "船坞"', "project.name: not allowed; value: '船坞'; allowed: ",
+        "1 to 16 of a-z, 0-9 and -",
     ),
     "a version of two numbers": (
-        'version = "0.1.0"', 'version = "0.1"', "project.version: not allowed; value: '0.1'; allowed: ", "major.minor.patch, as 0.1.0",
+        'version = "0.1.0"', 'version = "0.1"', "project.version: not allowed; value: '0.1'; allowed: ",
+        "major.minor.patch, as 0.1.0",
     ),
     "an account of eleven digits": (
-        '"111111111111"', '"11111111111"', "env.dev_1.account: not allowed; value: '11111111111'; allowed: ", "12 digits",
+        '"111111111111"', '"11111111111"', "env.dev_1.account: not allowed; value: '11111111111'; allowed: ",
+        "12 digits",
     ),
     "an image by tag": (
         f"recommend@sha256:{'0' * 64}", "recommend:latest",
         "env.dev_1.cpu.image: not allowed; value: 'shipyard/recommend:latest'; allowed: ", "sha256",
     ),
     "an instance without a GPU": (
-        "ml.g5.xlarge", "ml.m5.xlarge", "env.dev_1.gpu.instance_type: not allowed; value: 'ml.m5.xlarge'", "a type of ml.g4dn, ml.g5, ml.g6 or ml.g6e",
+        "ml.g5.xlarge", "ml.m5.xlarge", "env.dev_1.gpu.instance_type: not allowed; value: 'ml.m5.xlarge'",
+        "a type of ml.g4dn, ml.g5, ml.g6 or ml.g6e",
     ),
     "a size that Fargate has not": (
         "cpu = 1024", "cpu = 1000", "env.dev_1.cpu.cpu: not allowed; value: 1000; allowed: ", "1024",
     ),
     "a network that is public": (
-        "10.10.0.0/16", "8.8.0.0/16", "env.dev_1.cidr: not allowed; value: '8.8.0.0/16'; allowed: ", "10.0.0.0/16 to 10.255.0.0/16",
+        "10.10.0.0/16", "8.8.0.0/16", "env.dev_1.cidr: not allowed; value: '8.8.0.0/16'; allowed: ",
+        "10.0.0.0/16 to 10.255.0.0/16",
     ),
     "one zone": (
         '["us-east-1a", "us-east-1b"]', '["us-east-1a"]', "env.dev_1.zones: not allowed; value: ", "at least 2 items",
