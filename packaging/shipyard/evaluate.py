@@ -91,8 +91,9 @@ def top(scores: npt.NDArray[Any]) -> Ints:
     for line, each in zip(ranked, scores[:, 1:], strict=True):
         # a partition alone takes any of those that tie for the last place, and many products share one text
         least = np.partition(each, -PLACES)[-PLACES]
-        some = np.flatnonzero(each >= least)
-        line[:] = some[np.argsort(-each[some], kind="stable")[:PLACES]] + 1
+        above = np.flatnonzero(each > least)
+        tied = np.flatnonzero(each == least)[: PLACES - len(above)]
+        line[:] = np.r_[above[np.argsort(-each[above], kind="stable")], tied] + 1
     return ranked
 
 
