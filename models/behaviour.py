@@ -36,6 +36,10 @@ class View:
     bought: Ints
     asked: Ints
 
+    def take(self, which: "Ints | slice") -> "View":
+        """Return some of the requests."""
+        return View(self.items[which], self.features[which], self.bought[which], self.asked[which])
+
 
 @dataclass(frozen=True)
 class Behaviour:

@@ -275,4 +275,10 @@ def load_tower(folder: Path) -> tuple[TextTower, PreTrainedTokenizerBase]:
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     encoder = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, add_pooling_layer=False)
-    return TextTower(encoder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return TextTower(encoder), load_tokenizer(folder)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokeniser alone."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return tokenizer

@@ -98,25 +98,35 @@ def bundle(
     manifest = _seal(tree, document)
     if place == "edge":
         return _zipped(out, kebab, name, manifest, target, greengrass.model_component(kebab))
-    files = _files(tree)
-    template: dict[str, Any] = {"environment": {"SAGEMAKER_TRITON_DEFAULT_MODEL_NAME": kebab,
-                                "SAGEMAKER_TRITON_LOG_VERBOSE": "false", "ORT_DISABLE_TELEMETRY": "1"},
-                                "model_data": "model_repository/"}  # fmt: skip
-    kind = "triton"
-    artifact = _artifact(kebab, name, place, kind, manifest, files, template, tree, target.max_size_mb)
-    if place == "cpu":
-        artifact["kind"] = "image-context"
-        artifact["template"] = {
-            "environment": {
-                "ORT_DISABLE_TELEMETRY": "1", "SHIPYARD_TRUSTED_KEY": "@TRUSTED_KEY@",
-                "SHIPYARD_ATTESTATION": "@ATTESTATION@",
-            },
-            "fetch": ["-m", "serve.fetch", f"s3://@BUCKET@/{artifact['key']}", "--artifact", kebab, "--into", "/model"],
-            "serve": ["-m", "serve.server", "--bundle", "/model", "--artifact", kebab, "--host", "0.0.0.0",  # noqa: S104
-                      "--port", "8080"],
-            "port": 8080, "health": "/readyz", "mount": "/model",
-        }  # fmt: skip
+    kind = "triton" if place == "gpu" else "image-context"
+    artifact = _artifact(kebab, name, place, kind, manifest, tree, target.max_size_mb)
+    artifact["template"] = _triton_template(kebab) if place == "gpu" else _image_template(kebab, artifact["key"])
     return artifact
+
+
+def _triton_template(kebab: str) -> dict[str, Any]:
+    """Return what a stack needs to start Triton."""
+    return {
+        "environment": {
+            "SAGEMAKER_TRITON_DEFAULT_MODEL_NAME": kebab, "SAGEMAKER_TRITON_LOG_VERBOSE": "false",
+            "ORT_DISABLE_TELEMETRY": "1",
+        },
+        "model_data": "model_repository/",
+    }  # fmt: skip
+
+
+def _image_template(kebab: str, key: str) -> dict[str, Any]:
+    """Return what a stack needs to fetch the bundle at `key` and to serve it."""
+    return {
+        "environment": {
+            "ORT_DISABLE_TELEMETRY": "1", "SHIPYARD_TRUSTED_KEY": "@TRUSTED_KEY@",
+            "SHIPYARD_ATTESTATION": "@ATTESTATION@",
+        },
+        "fetch": ["-m", "serve.fetch", f"s3://@BUCKET@/{key}", "--artifact", kebab, "--into", "/model"],
+        "serve": ["-m", "serve.server", "--bundle", "/model", "--artifact", kebab, "--host", "0.0.0.0",  # noqa: S104
+                  "--port", "8080"],
+        "port": 8080, "health": "/readyz", "mount": "/model",
+    }  # fmt: skip
 
 
 def bundle_runtime(target: Target, out: Path) -> dict[str, Any]:
@@ -134,9 +144,8 @@ def _zipped(out: Path, kebab: str, name: str | None, manifest: str, target: Targ
     archive = out / "upload" / f"{kebab}.zip"
     archive.parent.mkdir(parents=True)
     write_zip(out / "bundle", archive)
-    files = _files(archive.parent)
     kind = "greengrass-model" if name else "greengrass-runtime"
-    artifact = _artifact(kebab, name, "edge", kind, manifest, files, {}, archive.parent, target.max_size_mb)
+    artifact = _artifact(kebab, name, "edge", kind, manifest, archive.parent, target.max_size_mb)
     uri = f"s3://@BUCKET@/{artifact['key']}{archive.name}"
     recipe = (
         greengrass.model_recipe(kebab, "VERSION", uri) if name else greengrass.runtime_recipe(kebab, "VERSION", uri)
@@ -161,9 +170,10 @@ def write_zip(tree: Path, archive: Path) -> None:
 
 
 def _artifact(
-    kebab: str, name: str | None, place: TargetName, kind: str, manifest: str, files: tuple[File, ...],
-    template: dict[str, Any], root: Path, most_mb: float,
-) -> dict[str, Any]:  # fmt: skip
+    kebab: str, name: str | None, place: TargetName, kind: str, manifest: str, root: Path, most_mb: float
+) -> dict[str, Any]:
+    """Return the artifact of the files below `root`, without its template."""
+    files = _files(root)
     size = sum(file.bytes for file in files)
     if size > most_mb * 1e6:
         raise ShipyardError(
@@ -173,7 +183,7 @@ def _artifact(
     digest = files_digest(files)
     return {
         "name": kebab, "submodel": name, "target": place, "kind": kind, "key": artifact_key(kebab, digest),
-        "digest": digest, "manifest": manifest, "files": [file.model_dump() for file in files], "template": template,
+        "digest": digest, "manifest": manifest, "files": [file.model_dump() for file in files],
         "folder": root.name,
     }  # fmt: skip
 

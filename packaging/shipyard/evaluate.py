@@ -6,6 +6,7 @@ Differences are paired. Choices are made on validation, the test period is score
 """
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,13 @@ class Examples:
         self.queries = behaviour.queries(self.baskets)
         self.batches = Batches(behaviour, names)
 
+    @cached_property
+    def _views(self) -> dict[str, View]:
+        return self.batches.views(self.baskets, self.queries)
+
     def of(self, name: str) -> tuple[View, Ints, Ints, Ints]:
         """Return view, right answers [B, K], baskets [B] and queries [B] of a sub-model."""
-        view = self.batches.views(self.baskets, self.queries)[name]
+        view = self._views[name]
         relevant = submodel.load(name).relevant(view)
         kept = np.flatnonzero((relevant != 0).any(1))
         if len(kept) < 20:
@@ -72,16 +77,15 @@ class Examples:
                 mend="raise households or test_examples of the profile in fleet.toml",
             )  # fmt: skip
         kept = kept[np.linspace(0, len(kept) - 1, min(self.most, len(kept))).astype(int)]
-        cut = View(*(getattr(view, field)[kept] for field in ("items", "features", "bought", "asked")))
-        return cut, relevant[kept], self.baskets[kept], self.queries[kept]
+        return view.take(kept), relevant[kept], self.baskets[kept], self.queries[kept]
 
 
 def rank(scorer: Callable[[View, Ints], npt.NDArray[np.float32]], view: View, queries: Ints, batch: int = 128) -> Ints:
     """Return the first rows [B, 10] by score, ties by the lower row; `scorer` gives [b, R + 1] for a part of the view."""
     found = []
     for k in range(0, len(queries), batch):
-        part = View(*(getattr(view, field)[k : k + batch] for field in ("items", "features", "bought", "asked")))
-        found.append(top(scorer(part, queries[k : k + batch])))
+        part = slice(k, k + batch)
+        found.append(top(scorer(view.take(part), queries[part])))
     return np.concatenate(found)
 
 

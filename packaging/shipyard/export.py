@@ -76,7 +76,7 @@ def export(data: Path, alone: Path, base: Path, config: Finetune, name: str, out
     file = out / "model.onnx"
     to_onnx(Ranker(model), file)
     check_versions(file)
-    _, tokenizer = trunk.load_tower(base)
+    tokenizer = trunk.load_tokenizer(base)
     examples = Examples(load_behaviour(data), VALIDATION, 64, (name,))
     session = open_session(file)
     parity, order = 0.0, []

@@ -151,7 +151,6 @@ def train_tower(
     progress: Progress,
 ) -> dict[str, Any]:
     """Train the tower in place; an adapter is merged at the end, and the merge is checked."""
-    encoder = tower.encoder
     steps = profile.tower_steps
     adapted = _adapt(tower, config, steps)
     tower.train()
@@ -172,7 +171,7 @@ def train_tower(
         found = _contrast(query @ item.T, paths, paths)
         together = _contrast(item[:half] @ item[half:].T, texts[:half], texts[half:])
         loss = found + 0.3 * together
-        return loss + 0.1 * _orthogonality(encoder_of(adapted)) if config.method == "adalora" else loss
+        return loss + 0.1 * _orthogonality(adapted) if config.method == "adalora" else loss
 
     def after(step: int) -> None:
         if config.method == "adalora":
@@ -191,15 +190,8 @@ def train_tower(
     }
     if isinstance(adapted, PeftModel):
         record |= _merge(tower, adapted, tokenizer, behaviour, config)
-    else:
-        tower.encoder = encoder
     tower.eval().requires_grad_(False)
     return record
-
-
-def encoder_of(adapted: nn.Module) -> nn.Module:
-    """Return the encoder below an adapter."""
-    return adapted.get_base_model() if isinstance(adapted, PeftModel) else adapted
 
 
 def blur(query: str, rng: np.random.Generator) -> str:

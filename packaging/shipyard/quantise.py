@@ -59,7 +59,7 @@ def quantise(
     onnx.save(model, file)
     check_versions(file)
 
-    _, tokenizer = trunk.load_tower(base)
+    tokenizer = trunk.load_tokenizer(base)
     plain, small = open_session(source), open_session(file)
     names = tuple(i.name for i in plain.get_inputs())
     wanted = requests(names, Examples(load_behaviour(data), VALIDATION, examples, (name,)), tokenizer, name)

@@ -64,6 +64,12 @@ class Line:
             submodel.find(name)
         return tuple(self.fleet.submodel)
 
+    @property
+    def base_name(self) -> str:
+        """The pretrained text encoder's name and revision."""
+        base = self.fleet.base
+        return f"{base.package or base.hub} {base.revision}"
+
     @functools.cached_property
     def base(self) -> Path:
         """The folder of the pretrained text encoder."""
@@ -177,14 +183,13 @@ class Line:
         place = self.fleet.submodel[name].target
         target = self.fleet.target[place]
         facts = {
-            "base": f"{self.fleet.base.package or self.fleet.base.hub} {self.fleet.base.revision}",
+            "base": self.base_name,
             "base_sha256": self.base_sha256,
             "data_sha256": data.digest,
             "max_tokens": MAX_TOKENS,
             "metric": self.evaluate.said[name]["after"] | {"name": self.evaluate.said[name]["metric"]},
         }
         _, libraries = closure(("serve.server", "serve.fetch"))
-        libraries |= {"tokenizers": importlib.metadata.version("tokenizers")}
 
         def work(out: Path) -> Any:
             module = importlib.import_module("shipyard.bundle")
@@ -252,13 +257,12 @@ def _body(line: Line, artifacts: Mapping[str, Mapping[str, Any]]) -> dict[str, A
             "formats": [exported | {"loss": 0.0, "latency_ms": quantised["fp32_latency_ms"]}, quantised["form"]],
         }
     sources, libraries = closure(("shipyard.release", *(f"shipyard.{verb}" for verb in VERBS), *line._models))
-    base = line.fleet.base
     return {
         "profile": line.profile_name,
         "source": {
             "data": line.fleet.data.source,
             "data_sha256": line.data.digest,
-            "base": f"{base.package or base.hub} {base.revision}",
+            "base": line.base_name,
             "base_sha256": line.base_sha256,
             "code_sha256": digest({name: sha256_file(path) for name, path in sources.items()}),
             "libraries": libraries,

@@ -36,7 +36,7 @@ def split(
     tower.load_state_dict(load_file(finetuned / "tower.safetensors"))
     tower.eval()
     alone = joint.cut(name, tower)
-    examples = Examples(behaviour, VALIDATION, 64, names)
+    examples = Examples(behaviour, VALIDATION, 64, (name,))
     view, _, _, queries = examples.of(name)
     tokens = tokenizer([behaviour.paths[q] for q in queries], padding=True, return_tensors="pt")
     given = {

@@ -17,7 +17,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ class Stage:
             return found
         folder, key = build / self.unit / self.name, self.key
         work = folder.with_name(f".{self.name}-{key[:16]}")
-        if _whole(work, key) is None:
+        if (record := _whole(work, key)) is None:
             for stale in folder.parent.glob(f".{self.name}-*"):
                 if stale != work:
                     shutil.rmtree(stale)
@@ -92,14 +92,16 @@ class Stage:
                 for path in sorted(work.rglob("*"))
                 if path.is_file()
             }
-            document = {"key": key, "files": files, "digest": digest(files), "said": said}
-            write(work / RECORD, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))
+            output = digest(files)
+            document = {"key": key, "files": files, "digest": output, "said": said}
+            text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+            write(work / RECORD, text)
+            # as a later run reads it: JSON has no tuples
+            record = Record(work, output, json.loads(text)["said"], skipped=False)
         if folder.exists():
             shutil.rmtree(folder)
         work.rename(folder)
-        record = _whole(folder, key)
-        assert record is not None, f"{folder} is not whole after it was written"
-        return Record(record.folder, record.digest, record.said, skipped=False)
+        return replace(record, folder=folder, skipped=False)
 
 
 def write(path: Path, text: str) -> None:
