@@ -8,7 +8,8 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from serve.errors import ShipyardError
 
@@ -34,12 +35,26 @@ class Project(Settings):
 class Data(Settings):
     """Say where behaviour data comes from and where time is cut into train, validation and test.
 
+    `folder`, from fleet.toml's own, holds the files of the sources esci and files (docs/data.md); `locale` is esci's.
     Train ends before `valid_from`, validation before `test_from`; both are dates of the data's own clock.
     """
 
-    source: Literal["completejourney"]
+    source: Literal["completejourney", "esci", "files"]
+    folder: Annotated[str | None, Field(min_length=1, validate_default=True)] = None
+    locale: Literal["us", "es", "jp"] = "us"
     valid_from: datetime.date
     test_from: datetime.date
+
+    @field_validator("folder")
+    @classmethod
+    def _folder_of_source(cls, folder: str | None, info: ValidationInfo) -> str | None:
+        """Want a folder of the sources that no package carries, and none of the others."""
+        source = info.data.get("source")
+        if source == "completejourney" and folder is not None:
+            raise PydanticCustomError("folder", "none, for a package carries completejourney")
+        if source in ("esci", "files") and folder is None:
+            raise PydanticCustomError("folder", 'the folder that holds the data, as folder = "data"')
+        return folder
 
 
 class Base(Settings):
@@ -77,18 +92,24 @@ class Gate(Settings):
 class Profile(Settings):
     """Size one run: how much data and training.
 
-    `households` 0 means all. Steps are optimiser steps; batches count examples; `joint_sampled` products stand for those
-    that a batch does not name. `gate` is by sub-model, for the size
-    of the training decides what can be reached; a sub-model that is not named there is held to `default_gate`.
+    `households` 0 means all. Steps are optimiser steps, at most; batches count examples; without `mlm_steps` there is no
+    masked-language pre-training; `joint_sampled` products stand for those that a batch does not name. Choices are made on
+    `validation_examples`; the test takes `test_each` baskets of a household, `test_examples` in all. `strong_baselines`
+    adds those that take minutes (TIFU-KNN, UP-CF, boosted trees). `gate` is by sub-model, for the size of the training
+    decides what can be reached; a sub-model that is not named there is held to `default_gate`.
     """
 
     households: Annotated[int, Field(ge=0)]
+    mlm_steps: Annotated[int, Field(ge=0)] = 0
     tower_steps: Annotated[int, Field(ge=1)]
     tower_batch: Annotated[int, Field(ge=2, le=4096)]
     joint_steps: Annotated[int, Field(ge=1)]
     joint_batch: Annotated[int, Field(ge=2, le=4096)]
     joint_sampled: Annotated[int, Field(ge=1)]
+    validation_examples: Annotated[int, Field(ge=20)]
     test_examples: Annotated[int, Field(ge=20)]
+    test_each: Annotated[int, Field(ge=1)] = 1
+    strong_baselines: bool = True
     default_gate: Gate
     gate: dict[Name, Gate] = {}
 

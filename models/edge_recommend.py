@@ -4,17 +4,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models import recommend, trunk
-from models.behaviour import Behaviour, Ints, View
-from models.submodel import Task
+from models import trunk
+from models.behaviour import Behaviour, Ints, Level
+from models.submodel import Answer, Task
 
 TASK: Task = "recommend"
+LEVEL: Level = "product"
 METRIC = "ndcg@10"
+ANSWER: Answer = "bought"
 TEACHER: str | None = "recommend"
-BASELINES = recommend.BASELINES
 
 WIDTH = 64
-"""Width of its vectors: 11,000 items of it are 0.7 MB in int8."""
+"""Width of its vectors: 11,000 products of it are 0.7 MB in int8."""
 
 
 class Head(trunk.Head):
@@ -31,19 +32,12 @@ class Head(trunk.Head):
         """Return vectors [R + 1, WIDTH]."""
         return self.narrow(vectors)
 
-    def forward(
-        self, vectors: Tensor, bias: Tensor, user: Tensor | None, text: Tensor | None, items: Tensor, features: Tensor
-    ) -> Tensor:
+    def forward(self, baked: trunk.Baked, request: trunk.Request, user: Tensor | None) -> Tensor:
         """Return logits [B, R + 1] from vectors [R + 1, WIDTH]."""
-        state = self.user(vectors, items, features)
-        return self.finish(self.scale.exp() * state, vectors, bias, items, features)
+        state = self.user(baked.vectors, request.items, request.features)
+        return self.finish(self.scale.exp() * state, baked, request)
 
 
 def rows(behaviour: Behaviour) -> Ints:
     """Rank what the store sold in the train period."""
     return np.flatnonzero(behaviour.local)
-
-
-def relevant(view: View) -> Ints:
-    """Take the products of the basket that the store sells."""
-    return view.bought

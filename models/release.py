@@ -39,17 +39,39 @@ class Interval(Settings):
 class Score(Settings):
     """Hold the figures of one sub-model on the test period: `metric` by name, as a part of 1.
 
-    `before` is the untouched pretrained model, `after` the released one. `over_*` are paired differences.
+    `before` is the untouched pretrained model, `after` the released one. `over_*` are paired differences; `relative` is the
+    first of them as a part of the baseline. `metrics` are others of the released model, by name.
     """
 
     metric: str
     examples: int
+    households: int
     baseline_name: str
     baseline: Interval
     before: Interval
     after: Interval
     over_baseline: Interval
     over_before: Interval
+    relative: Interval | None
+    metrics: dict[str, Interval]
+    calibration: dict[str, Any]
+
+
+class Fusion(Settings):
+    """Pin how the answers of several sub-models to one search are fused (serve.fusion), fitted on validation.
+
+    `sources` are sub-models in the order of the weights in `parameters`. `fused` and `best_single` are nDCG@10 on the test
+    period, `over_best_single` their paired difference.
+    """
+
+    method: Literal["weighted", "vote", "rrf", "stacking"]
+    sources: tuple[Name, ...]
+    parameters: dict[str, Any]
+    examples: int
+    best_single_name: Name
+    best_single: Interval
+    fused: Interval
+    over_best_single: Interval
 
 
 class Format(Settings):
@@ -73,8 +95,11 @@ class Submodel(Settings):
 
     target: TargetName
     task: str
+    level: Literal["product", "type", "category"]
     parameters_own: int
     parameters_shared: int
+    bytes_own: Bytes
+    bytes_shared: Bytes
     score: Score
     formats: tuple[Format, ...]
 
@@ -145,6 +170,7 @@ class Release(Settings):
     profile: Name
     source: Source
     submodels: dict[Name, Submodel]
+    fusion: Fusion | None
     artifacts: Annotated[tuple[Artifact, ...], Field(min_length=1)]
     signature: Signature
 

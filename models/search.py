@@ -1,63 +1,57 @@
 """Search: query words and the shopper's history to products of the whole catalogue."""
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from models import trunk
-from models.behaviour import Behaviour, Ints, View
-from models.submodel import Rule, Task
+from models.behaviour import Behaviour, Ints, Level
+from models.submodel import Answer, Task
 
 TASK: Task = "search"
+LEVEL: Level = "product"
 METRIC = "ndcg@10"
+ANSWER: Answer = "asked"
 TEACHER: str | None = None
 
 
 class Head(trunk.Head):
-    """Score a product by its vector's product with the query's, its popularity and what the shopper bought before."""
+    """Score a product by the query's match with its category path and with itself, by its popularity and its history.
+
+    The path's match is what decides first: it is learned apart, at the text tower's full width.
+    """
 
     uses_text = True
+    uses_types = True
 
     def __init__(self, shape: trunk.Shape) -> None:
         super().__init__(shape)
         self.query = nn.Linear(shape.text_width, shape.dimension, bias=False)
-        self.scale = nn.Parameter(torch.tensor(20.0).log())
+        self.scale = nn.Parameter(torch.tensor(10.0).log())
+        self.match = nn.Linear(shape.text_width, shape.text_width, bias=False)
+        nn.init.eye_(self.match.weight)
+        self.match_scale = nn.Parameter(torch.tensor(30.0).log())
 
-    def start(self, table: trunk.ItemTable) -> None:
+    def start(self, project: nn.Linear) -> None:
         """Project queries as the table projects product texts."""
         with torch.no_grad():
-            self.query.weight.copy_(table.project.weight)
+            self.query.weight.copy_(project.weight)
 
-    def forward(
-        self, vectors: Tensor, bias: Tensor, user: Tensor | None, text: Tensor | None, items: Tensor, features: Tensor
-    ) -> Tensor:
-        """Return logits [B, N + 1] from vectors [N + 1, D] and text [B, W]."""
-        assert text is not None
-        return self.finish(self.scale.exp() * self.query(text), vectors, bias, items, features)
+    def bake_types(self, texts: Tensor) -> Tensor:
+        """Return unit vectors [P + 1, W] of padding and all types from their texts' [P, W]."""
+        return nn.functional.pad(nn.functional.normalize(self.match(texts), dim=-1), (0, 0, 1, 0))
+
+    def forward(self, baked: trunk.Baked, request: trunk.Request, user: Tensor | None) -> Tensor:
+        """Return logits [B, N + 1]."""
+        assert request.text is not None
+        assert baked.types is not None
+        assert baked.type_of_row is not None
+        wanted = nn.functional.normalize(self.match(request.text), dim=-1)
+        of_type = self.match_scale.exp() * (wanted @ baked.types.T)
+        state = self.scale.exp() * self.query(request.text)
+        return self.finish(state, baked, request, of_type.index_select(1, baked.type_of_row))
 
 
 def rows(behaviour: Behaviour) -> Ints:
-    """Rank all items."""
+    """Rank all products."""
     return np.arange(1, behaviour.items + 1)
-
-
-def relevant(view: View) -> Ints:
-    """Take the products of the basket that the query asks for."""
-    return view.asked
-
-
-def _path(behaviour: Behaviour, basket: int, query: int) -> npt.NDArray[np.float64]:
-    return np.where(behaviour.path_of_row == query, behaviour.popularity, -1.0)
-
-
-def _path_own(behaviour: Behaviour, basket: int, query: int) -> npt.NDArray[np.float64]:
-    bought, _ = behaviour.past(basket)
-    own = np.bincount(bought, minlength=behaviour.items + 1) * (behaviour.popularity.max() + 1)
-    return np.where(behaviour.path_of_row == query, own + behaviour.popularity, -1.0)
-
-
-BASELINES: dict[str, Rule] = {
-    "exact path, popularity": _path,
-    "exact path, own counts, popularity": _path_own,
-}

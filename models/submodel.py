@@ -2,7 +2,7 @@
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
@@ -13,47 +13,38 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from models.behaviour import Behaviour, View
+    from models.behaviour import Behaviour, Level
     from models.trunk import Head, Shape
 
 Task = Literal["search", "recommend"]
+Answer = Literal["bought", "asked"]
 
 MAX_TOKENS = 32
 """Tokens of a text or query that the tower reads; the longest product text of the sample has 30."""
 
-REQUIRED = ("TASK", "METRIC", "TEACHER", "BASELINES", "Head", "rows", "relevant")
+REQUIRED = ("TASK", "LEVEL", "METRIC", "ANSWER", "TEACHER", "Head", "rows")
 """What models/<name>.py defines; a test holds every file to it."""
 
 
-class Rule(Protocol):
-    """A baseline: it scores all rows [N + 1] before a basket, given the query's path."""
-
-    def __call__(self, behaviour: "Behaviour", basket: int, query: int, /) -> "npt.NDArray[np.float64]":
-        """Return scores [N + 1], the higher the better."""
-        ...
-
-
 class Submodel(Protocol):
-    """One kind of behaviour: its data, head, metric and baselines.
+    """One kind of behaviour: what it ranks, its head and its metric.
 
-    `TASK` chooses the runtime's decoder: "search" takes a query and a history, "recommend" a history alone. `TEACHER`
-    names the sub-model whose scores this one also learns from, if any.
+    `TASK` chooses the runtime's decoder: "search" takes a query and a history, "recommend" a history alone. `LEVEL` is what
+    it ranks: products, product types or categories. `ANSWER` is what is right: all that the basket holds ("bought"), or
+    what of it the query asks for ("asked"). `TEACHER` names the sub-model whose scores this one also learns from, if any.
     """
 
     TASK: Task
+    LEVEL: "Level"
     METRIC: str
+    ANSWER: Answer
     TEACHER: str | None
-    BASELINES: "Mapping[str, Rule]"
 
     Head: "Callable[[Shape], Head]"
     """Made from the joint model's shape alone."""
 
     def rows(self, behaviour: "Behaviour") -> "npt.NDArray[np.int64]":
-        """Return the rows that it ranks, in their order in the sub-model; item k of it is rows[k - 1]."""
-        ...
-
-    def relevant(self, view: "View") -> "npt.NDArray[np.int64]":
-        """Return the right answers [B, K] of a batch, padded with 0."""
+        """Return the rows of the level that it ranks, in their order in the sub-model; row k of it is rows[k - 1]."""
         ...
 
 

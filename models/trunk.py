@@ -1,7 +1,8 @@
-"""What the sub-models share: text tower, item table and user encoder.
+"""What the sub-models share: text tower, tables of products, types and categories, and the user encoder.
 
-Shapes: B requests, H items of a history, T different texts, N items, D width of vectors (`Shape.dimension`), W width of
-the text tower's output. Row 0 of every table is padding.
+Shapes: B requests, H items of a history, F features of each, P promoted items, T different texts, N rows of a level, R rows
+that a sub-model ranks, D width of vectors (`Shape.dimension`), W width of the text tower's output. Row 0 of every table is
+padding.
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from serve.history import FEATURES
+from models.behaviour import Level
+from serve.history import FEATURES, OFFER
 
 RECENT = 48
 """Items of a history that the user encoder attends to."""
@@ -26,12 +28,33 @@ PADDING_LOGIT = -1e4
 
 @dataclass(frozen=True)
 class Shape:
-    """Size the joint model: width of vectors, number of items, numbers of texts, width of the text tower."""
+    """Size the joint model: width of its vectors and of the text tower's."""
 
     dimension: int
-    items: int
-    texts: int
     text_width: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """A batch of requests: rows `items` [B, H] with `features` [B, H, F], promoted rows `offers` [B, P] with `strengths`
+    [B, P, 3], and the query's vector `text` [B, W] where there is one."""
+
+    items: Tensor
+    features: Tensor
+    offers: Tensor
+    strengths: Tensor
+    text: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Baked:
+    """A sub-model's view of the tables: `vectors` [R + 1, any width], `bias` [R], and for a head that matches types their
+    vectors `types` [P + 1, any width] and the type [R + 1] of each row."""
+
+    vectors: Tensor
+    bias: Tensor
+    types: Tensor | None = None
+    type_of_row: Tensor | None = None
 
 
 class TextTower(nn.Module):
@@ -49,36 +72,28 @@ class TextTower(nn.Module):
         return nn.functional.normalize(mean, dim=-1)
 
 
-class ItemTable(nn.Module):
-    """Give each item a vector: its text's vector, projected, plus a learned one of its id.
+class Table(nn.Module):
+    """Give each row of a level a vector: its text's vector, projected, plus a learned one of its id.
 
-    A cold item has its text alone. `project` starts as the principal directions of the catalogue's text vectors, so
-    that the untrained table keeps the pretrained model's similarities.
+    A cold item has its text alone. The projection is shared by all levels.
     """
 
     text_vectors: Tensor
     text_of_row: Tensor
 
-    def __init__(self, shape: Shape, text_vectors: Tensor, text_of_row: Tensor) -> None:
+    def __init__(self, dimension: int, text_vectors: Tensor, text_of_row: Tensor) -> None:
         super().__init__()
         self.register_buffer("text_vectors", text_vectors, persistent=False)  # [T, W]
         self.register_buffer("text_of_row", text_of_row, persistent=False)  # [N] rows 1..N
-        self.project = nn.Linear(shape.text_width, shape.dimension, bias=False)
-        self.identity = nn.Embedding(shape.items + 1, shape.dimension, padding_idx=0)
+        self.identity = nn.Embedding(len(text_of_row) + 1, dimension, padding_idx=0)
         nn.init.zeros_(self.identity.weight)
-        with torch.no_grad():
-            _, _, directions = torch.linalg.svd(text_vectors.T @ text_vectors)
-            self.project.weight.copy_(directions[: shape.dimension])
 
-    def forward(self, rows: Tensor | None = None) -> Tensor:
-        """Return the vectors [N + 1, D] of all rows, or [C + 1, D] of padding and the `rows` [C] of 1..N."""
-        if rows is None:
-            text = self.project(self.text_vectors)[self.text_of_row]
-            identity = self.identity.weight[1:]
-        else:
-            text = self.project(self.text_vectors[self.text_of_row[rows - 1]])
-            identity = self.identity(rows)
-        return nn.functional.pad(text + identity, (0, 0, 1, 0))
+    def forward(self, project: nn.Module, rows: Tensor) -> Tensor:
+        """Return the vectors [C + 1, D] of padding and the `rows` [C] of 1..N."""
+        # a text is projected once, however many rows have it
+        texts, where = torch.unique(self.text_of_row[rows - 1], return_inverse=True)
+        vectors = project(self.text_vectors[texts])[where] + self.identity(rows)
+        return nn.functional.pad(vectors, (0, 0, 1, 0))
 
 
 class Layer(nn.Module):
@@ -123,7 +138,7 @@ class UserEncoder(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, vectors: Tensor, items: Tensor, features: Tensor) -> Tensor:
-        """Return [B, D] from item vectors [N + 1, D], rows [B, H] (0 padding) and features [B, H, 6]."""
+        """Return [B, D] from item vectors [N + 1, D], rows [B, H] (0 padding) and features [B, H, F]."""
         items, features = items[:, :RECENT], features[:, :RECENT]
         given = (items != 0).unsqueeze(-1).to(vectors.dtype)
         x = nn.functional.embedding(items, vectors)
@@ -137,56 +152,98 @@ class UserEncoder(nn.Module):
 
 
 class Repeat(nn.Module):
-    """Score each item of a history by what is told of it; starts at zero."""
+    """Score each item of a history by what is told of it and by its bias; starts at zero."""
 
-    def __init__(self, width: int = 32) -> None:
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, width: int = 64) -> None:
         super().__init__()
-        self.hidden = nn.Linear(len(FEATURES), width)
+        self.register_buffer("mean", torch.zeros(len(FEATURES)))
+        self.register_buffer("scale", torch.ones(len(FEATURES)))
+        self.hidden = nn.Sequential(
+            nn.Linear(len(FEATURES) + 1, width), nn.GELU(), nn.Linear(width, width // 2), nn.GELU()
+        )
+        self.out = nn.Linear(width // 2, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def standardise(self, features: Tensor) -> None:
+        """Take mean and deviation of features [n, F] of the train period."""
+        self.mean.copy_(features.mean(0))
+        self.scale.copy_(1 / features.std(0).clamp(min=1e-3))
+
+    def forward(self, logits: Tensor, bias: Tensor, items: Tensor, features: Tensor) -> Tensor:
+        """Add to logits [B, R + 1], in place, the score of each item [B, H] of the history; bias is [R + 1]."""
+        told = torch.cat([(features - self.mean) * self.scale, bias[items].unsqueeze(-1)], -1)
+        bonus = self.out(self.hidden(told)).squeeze(-1)
+        return logits.scatter_add_(1, items, torch.where(items == 0, 0.0, bonus))
+
+
+class Offers(nn.Module):
+    """Score each promoted item by its offer and by its bias; starts at zero."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(len(OFFER) + 1, width)
         self.out = nn.Linear(width, 1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, logits: Tensor, items: Tensor, features: Tensor) -> Tensor:
-        """Add to logits [B, R], in place, the score of each item [B, H] of the history."""
-        bonus = self.out(nn.functional.gelu(self.hidden(features))).squeeze(-1)
-        return logits.scatter_add_(1, items, torch.where(items == 0, 0.0, bonus))
+    def forward(self, logits: Tensor, bias: Tensor, offers: Tensor, strengths: Tensor) -> Tensor:
+        """Add to logits [B, R + 1], in place, the score of each promoted item [B, P]; bias is [R + 1]."""
+        told = torch.cat([strengths, bias[offers].unsqueeze(-1)], -1)
+        bonus = self.out(nn.functional.gelu(self.hidden(told))).squeeze(-1)
+        return logits.scatter_add_(1, offers, torch.where(offers == 0, 0.0, bonus))
 
 
 class Head(nn.Module):
     """What a sub-model adds to the trunk: it turns shared vectors into one score for each row that it ranks.
 
-    A head says with `uses_text` and `uses_user` which parts of the trunk it needs; the rest stays out of its artifact.
+    A head says by its flags which parts of the trunk and of a request it needs; the rest stays out of its artifact.
     """
 
     uses_text = False
     uses_user = False
+    uses_types = False
+    uses_offers = True
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape = shape
         self.repeat = Repeat()
+        self.offers = Offers() if self.uses_offers else None
 
-    def start(self, table: ItemTable) -> None:
-        """Start from the untrained item table, before any training."""
+    def start(self, project: nn.Linear) -> None:
+        """Start from the untrained projection of texts, before any training."""
 
     def bake(self, vectors: Tensor) -> Tensor:
         """Return the vectors [R + 1, any width] of the ranked rows in the form that this head serves from."""
         return vectors
 
-    def forward(
-        self, vectors: Tensor, bias: Tensor, user: Tensor | None, text: Tensor | None, items: Tensor, features: Tensor
-    ) -> Tensor:
-        """Return logits [B, R + 1].
-
-        Shapes: baked vectors [R + 1, any width], bias [R], user [B, D], text [B, W], items [B, H], features [B, H, 6].
-        """
+    def bake_types(self, texts: Tensor) -> Tensor:
+        """Return vectors [P + 1, any width] of padding and all types from their texts' [P, W]."""
         raise NotImplementedError
 
-    def finish(self, state: Tensor, vectors: Tensor, bias: Tensor, items: Tensor, features: Tensor) -> Tensor:
-        """Return logits [B, R + 1]: state [B, D] times vectors, plus bias and repeat purchases; padding never wins."""
+    def forward(self, baked: Baked, request: Request, user: Tensor | None) -> Tensor:
+        """Return logits [B, R + 1]; `user` [B, D] is the encoded history."""
+        raise NotImplementedError
+
+    def finish(self, state: Tensor, baked: Baked, request: Request, more: Tensor | None = None) -> Tensor:
+        """Return logits [B, R + 1]: state [B, D] times vectors, bias, repeat purchases, offers and `more`.
+
+        Padding never wins.
+        """
+        bias = nn.functional.pad(baked.bias, (1, 0), value=PADDING_LOGIT)
         # logits are hundreds of megabytes for a large batch, so nothing here copies them
-        logits = torch.addmm(nn.functional.pad(bias, (1, 0), value=PADDING_LOGIT), state, vectors.T)
-        return self.repeat(logits, items, features)
+        logits = torch.addmm(bias, state, baked.vectors.T)
+        if more is not None:
+            logits += more
+        # the padding's bias would only disturb the small networks, and its score is dropped
+        known = nn.functional.pad(baked.bias, (1, 0))
+        if self.offers is not None:
+            logits = self.offers(logits, known, request.offers, request.strengths)
+        return self.repeat(logits, known, request.items, request.features)
 
 
 class Standalone(nn.Module):
@@ -194,52 +251,67 @@ class Standalone(nn.Module):
 
     vectors: Tensor
     bias: Tensor
+    types: Tensor | None
+    type_of_row: Tensor | None
 
-    def __init__(
-        self, head: Head, vectors: Tensor, bias: Tensor, user: UserEncoder | None, tower: TextTower | None
-    ) -> None:
+    def __init__(self, head: Head, baked: Baked, user: UserEncoder | None, tower: TextTower | None) -> None:
         super().__init__()
         self.head, self.user, self.tower = head, user, tower
-        self.register_buffer("vectors", vectors)
-        self.register_buffer("bias", bias)
+        for name in ("vectors", "bias", "types", "type_of_row"):
+            self.register_buffer(name, getattr(baked, name))
 
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the inputs, in the order of `forward`."""
-        return (("query_ids", "query_mask") if self.tower is not None else ()) + ("items", "features")
+        query = ("query_ids", "query_mask") if self.tower is not None else ()
+        return (*query, "items", "features", *(("offers", "strengths") if self.head.offers is not None else ()))
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Return logits [B, R + 1] from `inputs`; see their names."""
-        *query, items, features = inputs
-        text = self.tower(*query) if self.tower is not None else None
+        given = dict(zip(self.inputs, inputs, strict=True))
+        text = self.tower(given["query_ids"], given["query_mask"]) if self.tower is not None else None
+        items, features = given["items"], given["features"]
+        # a head without offers never reads them
+        request = Request(items, features, given.get("offers", items), given.get("strengths", features), text)
         user = self.user(self.vectors, items, features) if self.user is not None else None
-        logits: Tensor = self.head(self.vectors, self.bias, user, text, items, features)
+        logits: Tensor = self.head(Baked(self.vectors, self.bias, self.types, self.type_of_row), request, user)
         return logits
 
 
 class Joint(nn.Module):
-    """The joint model over cached text vectors: item table, user encoder and every sub-model's head.
+    """The joint model over cached text vectors: a table a level, user encoder and every sub-model's head.
 
-    `rows` holds, by sub-model, the rows [R] that it ranks; `bias`, one number for each of them, is its rows' popularity.
+    `rows` holds, by sub-model, the rows [R] of its level that it ranks; `bias`, one number for each of them, is its rows'
+    popularity. `type_of_row` [N + 1] is the type of each product.
     """
+
+    type_of_row: Tensor
 
     def __init__(
         self,
         shape: Shape,
-        text_vectors: Tensor,
-        text_of_row: Tensor,
+        tables: Mapping[Level, Table],
         heads: Mapping[str, Head],
+        levels: Mapping[str, Level],
         rows: Mapping[str, Tensor],
+        type_of_row: Tensor,
     ) -> None:
         super().__init__()
-        self.shape = shape
-        self.rows = dict(rows)
-        self.table = ItemTable(shape, text_vectors, text_of_row)
+        self.shape, self.levels, self.rows = shape, dict(levels), dict(rows)
+        self.register_buffer("type_of_row", type_of_row, persistent=False)
+        # a module has an attribute "type" already
+        self.tables = nn.ModuleDict({f"of_{level}": table for level, table in tables.items()})
+        self.project = nn.Linear(shape.text_width, shape.dimension, bias=False)
+        with torch.no_grad():
+            # the principal directions of the catalogue's texts: the untrained table keeps the pretrained similarities
+            texts = tables["product"].text_vectors
+            _, _, directions = torch.linalg.svd(texts.T @ texts)
+            self.project.weight.copy_(directions[: shape.dimension])
         self.user = UserEncoder(shape.dimension, USER_LAYERS)
         self.heads = nn.ModuleDict(heads)
         self.bias = nn.ParameterDict({name: torch.zeros(len(rows[name])) for name in heads})
         for head in heads.values():
-            head.start(self.table)
+            head.start(self.project)
 
     def head(self, name: str) -> Head:
         """Return a sub-model's head."""
@@ -247,25 +319,41 @@ class Joint(nn.Module):
         assert isinstance(head, Head)
         return head
 
-    def forward(
-        self, name: str, vectors: Tensor, bias: Tensor, text: Tensor | None, items: Tensor, features: Tensor
-    ) -> Tensor:
-        """Return a sub-model's logits [B, C + 1] over the rows [C] whose table vectors [C + 1, D] and bias [C] it gets."""
+    def table(self, level: Level, rows: Tensor) -> Tensor:
+        """Return the vectors [C + 1, D] of padding and some rows [C] of a level."""
+        found: Tensor = self.tables[f"of_{level}"](self.project, rows)
+        return found
+
+    def bake(self, name: str, vectors: Tensor, bias: Tensor, rows: Tensor) -> Baked:
+        """Return what a head scores from, for rows [C] of its level with their vectors [C + 1, D] and bias [C]."""
         head = self.head(name)
-        baked = head.bake(vectors)
-        user = self.user(baked, items, features) if head.uses_user else None
-        logits: Tensor = head(baked, bias, user, text, items, features)
+        if not head.uses_types:
+            return Baked(head.bake(vectors), bias)
+        types = self.tables["of_type"]
+        assert isinstance(types, Table)
+        of_row = nn.functional.pad(self.type_of_row[rows], (1, 0))
+        return Baked(head.bake(vectors), bias, head.bake_types(types.text_vectors), of_row)
+
+    def baked(self, name: str) -> Baked:
+        """Return what a head scores all of its rows from."""
+        rows = self.rows[name]
+        return self.bake(name, self.table(self.levels[name], rows), self.bias[name], rows)
+
+    def forward(self, name: str, baked: Baked, request: Request) -> Tensor:
+        """Return a sub-model's logits [B, C + 1]."""
+        head = self.head(name)
+        user = self.user(baked.vectors, request.items, request.features) if head.uses_user else None
+        logits: Tensor = head(baked, request, user)
         return logits
 
     def cut(self, name: str, tower: TextTower) -> Standalone:
         """Return the stand-alone form of a sub-model: vectors baked, trunk parts that its head does not use left out."""
         head = self.head(name)
         with torch.no_grad():
-            vectors = head.bake(self.table(self.rows[name])).clone()
-        alone = Standalone(
-            head, vectors, self.bias[name].detach().clone(), self.user if head.uses_user else None,
-            tower if head.uses_text else None,
-        )  # fmt: skip
+            found = self.baked(name)
+            parts = (found.vectors, found.bias, found.types, found.type_of_row)
+            baked = Baked(*(part if part is None else part.detach().clone() for part in parts))  # type: ignore[arg-type]
+        alone = Standalone(head, baked, self.user if head.uses_user else None, tower if head.uses_text else None)
         return alone.eval()
 
 

@@ -1,57 +1,114 @@
 """A shopper's history as a model's input: the same numpy code in training and in serving, so that neither drifts."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Singles = npt.NDArray[np.float32]
 
 LIMIT = 512
 """Items of a history that are kept, the most recent ones."""
 
-FEATURES = ("purchases", "decayed_14", "decayed_60", "recency", "gap", "due")
-"""What is told of each item: log(1 + x) of purchases, of purchases decayed by exp(-days / 14) and exp(-days / 60), of days
-since the last, of mean days between two (0 for a single one), and recency over gap, at most 4 (0 for a single one)."""
+MOST_OFFERS = 20_000
+"""Promoted items that a request may name."""
+
+OFFER = ("display", "mailer", "discount")
+"""What is told of a promoted item, each from 0 to 1."""
+
+DECAYS = (14, 60, 120, 240)
+
+FEATURES = (
+    "purchases", *(f"decayed_{days}" for days in DECAYS), "share", "recency", "gap", "due", "baskets", "looks", *OFFER,
+)  # fmt: skip
+"""What is told of each item: log(1 + x) of purchases, of purchases decayed by exp(-days / 14, 60, 120 and 240); the part of
+the shopper's baskets that held it; log(1 + x) of days since it was last seen and of mean days between two purchases (0 for
+fewer than two); recency over gap, at most 4 (0 without a gap); log(1 + x) of the shopper's baskets and of looks (views,
+clicks and carts) decayed by exp(-days / 14); and its present offer."""
 
 
-def history(
-    rows: npt.NDArray[np.int64], days_ago: npt.NDArray[np.float64], limit: int = LIMIT
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Summarise purchases by item, the most recent first.
+@dataclass(frozen=True)
+class Past:
+    """What shoppers did, one after the other: `owner` [n] is the request from 0, `rows` [n] table rows from 1.
 
-    `rows` [n] are table rows, 1 or more; `days_ago` [n] are days before the request, 0 or more. Their order does not
-    matter.
+    `days_ago` [n] are days before the request, 0 or more; `bought` [n] is false for a look (a view, a click, a cart).
+    Purchases of one shopper at one time are a basket.
+    """
+
+    owner: Ints
+    rows: Ints
+    days_ago: Floats
+    bought: npt.NDArray[np.bool_]
+
+
+def histories(past: Past, requests: int, offers: Ints, strengths: Singles, limit: int = LIMIT) -> tuple[Ints, Singles]:
+    """Summarise each shopper's past by item, the last seen first.
+
+    `offers` [B, P] are the promoted rows of each request, each once, 0 for padding, and `strengths` [B, P, 3] their `OFFER`.
+    The order of the past does not matter.
 
     Returns:
-        Item rows [m] and features [m, 6], m at most `limit`; ties of recency are in the order of rows.
+        Rows [B, m] with 0 as padding, m from 1 to `limit`, and features [B, m, F]; ties of recency by the lower row.
     """
-    items, where, purchases = np.unique(rows, return_inverse=True, return_counts=True)
-    last = np.full(len(items), np.inf)
-    first = np.zeros(len(items))
-    np.minimum.at(last, where, days_ago)
-    np.maximum.at(first, where, days_ago)
-    gap = np.divide(first - last, purchases - 1, out=np.zeros(len(items)), where=purchases > 1)
-    due = np.divide(last, gap, out=np.zeros(len(items)), where=gap > 0)
+    span = int(max(past.rows.max(initial=0), offers.max(initial=0))) + 1
+    keys, where = np.unique(past.owner * span + past.rows, return_inverse=True)
+    owner, rows, n = keys // span, keys % span, len(keys)
+    bought, days = past.bought, past.days_ago
+    last = np.full(n, np.inf)
+    np.minimum.at(last, where, days)
+    newest, oldest = np.full(n, np.inf), np.zeros(n)
+    np.minimum.at(newest, where[bought], days[bought])
+    np.maximum.at(oldest, where[bought], days[bought])
+    purchases = np.bincount(where, bought, n)
+    gap = np.divide(oldest - newest, purchases - 1, out=np.zeros(n), where=purchases > 1)
+    due = np.divide(last, gap, out=np.zeros(n), where=gap > 0)
+    visits = np.unique(np.stack([past.owner[bought], days[bought]]), axis=1)[0].astype(np.int64)
+    baskets = np.bincount(visits, minlength=requests)[owner]
+    looks = np.bincount(where[~bought], np.exp(-days[~bought] / DECAYS[0]), n)
     features = np.stack(
         [
             np.log1p(purchases),
-            np.log1p(np.bincount(where, np.exp(-days_ago / 14), len(items))),
-            np.log1p(np.bincount(where, np.exp(-days_ago / 60), len(items))),
+            *(np.log1p(np.bincount(where, bought * np.exp(-days / decay), n)) for decay in DECAYS),
+            np.divide(purchases, baskets, out=np.zeros(n), where=baskets > 0),
             np.log1p(last),
             np.log1p(gap),
             np.minimum(due, 4),
+            np.log1p(baskets),
+            np.log1p(looks),
+            *_present(keys, offers, strengths, span).T,
         ],
         axis=1,
     )
-    order = np.argsort(last, kind="stable")[:limit]
-    return items[order].astype(np.int64), features[order].astype(np.float32)
+    order = np.lexsort((rows, last, owner))
+    place = np.arange(n) - np.searchsorted(owner, owner)  # lexsort keeps each owner's part where it is
+    kept = place < limit
+    order, place, owner = order[kept], place[kept], owner[kept]
+    width = int(place.max(initial=0)) + 1
+    items = np.zeros((requests, width), np.int64)
+    told = np.zeros((requests, width, len(FEATURES)), np.float32)
+    items[owner, place] = rows[order]
+    told[owner, place] = features[order]
+    return items, told
 
 
-def stack(
-    histories: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]],
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Pad histories to one batch: rows [b, m] and features [b, m, 6], with row 0 as padding, m at least 1."""
-    width = max([1, *(len(items) for items, _ in histories)])
-    rows = np.zeros((len(histories), width), np.int64)
-    features = np.zeros((len(histories), width, len(FEATURES)), np.float32)
-    for i, (items, values) in enumerate(histories):
-        rows[i, : len(items)] = items
-        features[i, : len(items)] = values
-    return rows, features
+def _present(keys: Ints, offers: Ints, strengths: Singles, span: int) -> Floats:
+    """Return the offers [n, 3] of the items that `keys` name, 0 where there is none."""
+    found = np.zeros((len(keys), len(OFFER)))
+    given = offers > 0
+    if given.any() and len(keys):
+        asked = (np.arange(len(offers))[:, None] * span + offers)[given]
+        at = np.minimum(np.searchsorted(keys, asked), len(keys) - 1)
+        hit = keys[at] == asked
+        found[at[hit]] = strengths[given][hit]
+    return found
+
+
+def pad(rows: Sequence[Ints]) -> Ints:
+    """Return lists of rows as one array [B, m], padded with 0, m at least 1."""
+    sizes = np.array([len(r) for r in rows], np.int64)
+    padded = np.zeros((len(rows), max([1, *sizes.tolist()])), np.int64)
+    padded[np.arange(padded.shape[1]) < sizes[:, None]] = np.concatenate([*rows, np.zeros(0, np.int64)])
+    return padded

@@ -14,14 +14,19 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from serve.errors import ShipyardError
-from serve.history import history, stack
+from serve.history import MOST_OFFERS, OFFER, Past, histories, pad
 from serve.trust import MANIFEST, Keys, check_bundle, sha256_file, verify_attestation
 
-SCHEMA = "shipyard.bundle/1"
+SCHEMA = "shipyard.bundle/2"
 MOST_HISTORY = 10_000
+KINDS = ("purchase", "cart", "click", "view", "search")
+PLURALS = {"product": "products", "type": "types", "category": "categories"}
 LONGEST_QUERY = 1_000
 GOLDEN_TOLERANCE = 1e-3
 """Largest difference of a score from the bundle's golden answers: processors round sums differently."""
+
+
+Id = int | str
 
 
 class BadRequest(ShipyardError):
@@ -36,13 +41,18 @@ class Model:
             raise ShipyardError(f"{folder}: schema is not known", value=str(manifest.get("schema")), allowed=SCHEMA)
         self.manifest = manifest
         self.task: str = manifest["task"]
-        self.products: list[int] = json.loads((folder / manifest["products"]).read_bytes())
-        self._row = {product: row for row, product in enumerate(self.products, start=1)}
+        catalogue = json.loads((folder / manifest["catalogue"]).read_bytes())
+        products: list[Id] = catalogue["products"]
+        rows: list[int] = catalogue["rows"] or list(range(1, len(products) + 1))
+        self.answers: list[Id] = catalogue["answers"] or products
+        self.answer_key: str = manifest["level"]
+        self._row = dict(zip(products, rows, strict=True))
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
         self._session = ort.InferenceSession(folder / manifest["model"], options, providers=["CPUExecutionProvider"])
         self._returned: int = manifest["returned"]
+        self.takes_offers = "offers" in manifest["inputs"]
         self._tokenizer: Any = None
         if manifest["tokenizer"] is not None:
             # not at the top: only search needs it, and an edge device does without
@@ -54,9 +64,11 @@ class Model:
     def predict(self, requests: list[Any]) -> list[dict[str, Any]]:
         """Answer requests in one batch.
 
-        A request is {"history": [{"product": id, "days_ago": days}, ...], "k": 10}, for search with "query" too. An
-        answer is {"products": [{"product": id, "score": number}, ...], "unknown": products of the history that the
-        model does not have}.
+        A request is {"history": [{"product": id, "days_ago": days, "kind": "purchase"}, ...], "k": 10}, for search with
+        "query" too, and for a model that ranks products with "offers": [{"product": id, "display": 0 to 1, "mailer": 0 to
+        1, "discount": 0 to 1}, ...], what the shopper's store promotes now. An answer is {"products": [{"product": id,
+        "score": number}, ...], "unknown": products of the history that the model does not have}; a model that ranks types
+        or categories answers with "types" or "categories".
 
         Raises:
             BadRequest: a request has a wrong key, type or value.
@@ -68,22 +80,36 @@ class Model:
         answers = []
         for i, request in enumerate(requests):
             best = [
-                {"product": self.products[int(row) - 1], "score": round(float(score), 6)}
+                {self.answer_key: self.answers[int(row) - 1], "score": round(float(score), 6)}
                 for row, score in zip(rows[i, : wanted[i]], scores[i], strict=False)
             ]
-            unknown = sorted({e["product"] for e in request.get("history", [])} - self._row.keys())
-            answers.append({"products": best, "unknown": unknown})
+            # in the order of the request, for ids may be of two kinds
+            asked = dict.fromkeys(e["product"] for e in request.get("history", []))
+            unknown = [product for product in asked if product not in self._row]
+            answers.append({PLURALS[self.answer_key]: best, "unknown": unknown})
         return answers
 
     def encode(self, requests: list[Any]) -> dict[str, npt.NDArray[Any]]:
-        """Return the model's inputs by name: items [B, H], features [B, H, 6], query_ids and query_mask [B, L]."""
-        histories = []
-        for request in requests:
-            known = [e for e in request.get("history", []) if e["product"] in self._row]
-            rows = np.array([self._row[e["product"]] for e in known], np.int64)
-            histories.append(history(rows, np.array([e["days_ago"] for e in known], np.float64)))
-        items, features = stack(histories)
+        """Return the model's inputs by name.
+
+        items [B, H], features [B, H, F], offers [B, P], strengths [B, P, 3], query_ids and query_mask [B, L].
+        """
+        owner, rows, days, bought = [], [], [], []
+        for i, request in enumerate(requests):
+            for event in request.get("history", []):
+                if (row := self._row.get(event["product"])) is not None:
+                    owner.append(i)
+                    rows.append(row)
+                    days.append(event["days_ago"])
+                    bought.append(event.get("kind", "purchase") == "purchase")
+        past = Past(
+            np.array(owner, np.int64), np.array(rows, np.int64), np.array(days, np.float64), np.array(bought, bool)
+        )
+        offers, strengths = self._offers(requests)
+        items, features = histories(past, len(requests), offers, strengths)
         inputs: dict[str, npt.NDArray[Any]] = {"items": items, "features": features}
+        if self.takes_offers:
+            inputs |= {"offers": offers, "strengths": strengths}
         if self._tokenizer is not None:
             # padded here and not by the tokenizer, whose saved settings are another's
             ids = [self._tokenizer.encode(request["query"]).ids for request in requests]
@@ -94,6 +120,23 @@ class Model:
                 inputs["query_mask"][i, : len(tokens)] = 1
         return inputs
 
+    def _offers(self, requests: list[Any]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """Return the promoted rows [B, P] of each request, each once, with their strengths [B, P, 3]."""
+        found = [
+            {
+                self._row[o["product"]]: [o.get(k, 0) for k in OFFER]
+                for o in r.get("offers", [])
+                if o["product"] in self._row
+            }
+            for r in requests
+        ]
+        offers = pad([np.array(sorted(told), np.int64) for told in found])
+        strengths = np.zeros((*offers.shape, len(OFFER)), np.float32)
+        for i, told in enumerate(found):
+            for k, row in enumerate(sorted(told)):
+                strengths[i, k] = told[row]
+        return offers, strengths
+
     def self_test(self) -> None:
         """Answer the bundle's golden requests and compare.
 
@@ -102,14 +145,15 @@ class Model:
         """
         for i, golden in enumerate(self.manifest["golden"]):
             [answer] = self.predict([golden["request"]])
-            expected = golden["answer"]["products"]
-            got = {p["product"]: p["score"] for p in answer["products"]}
+            key = self.answer_key
+            expected = golden["answer"][PLURALS[key]]
+            got = {p[key]: p["score"] for p in answer[PLURALS[key]]}
             largest = max(abs(p["score"]) for p in expected)
             for product in expected[:5]:
-                score = got.get(product["product"], math.nan)
+                score = got.get(product[key], math.nan)
                 if not abs(score - product["score"]) <= GOLDEN_TOLERANCE * max(1.0, largest):
                     raise ShipyardError(
-                        f"{self.manifest['name']}: golden answer {i} differs for product {product['product']}",
+                        f"{self.manifest['name']}: golden answer {i} differs for {key} {product[key]}",
                         value=score, allowed=product["score"], mend="do not serve from this machine or engine version",
                     )  # fmt: skip
 
@@ -118,6 +162,7 @@ class Model:
         if not isinstance(request, dict):
             raise BadRequest(f"{where}: not an object", value=type(request).__name__, allowed="an object")
         allowed = {"history", "k"} | ({"query"} if self._tokenizer is not None else set())
+        allowed |= {"offers"} if self.takes_offers else set()
         if unknown := sorted(map(str, request.keys() - allowed)):
             raise BadRequest(f"{where}: unknown key", value=unknown[0], allowed=", ".join(sorted(allowed)))
         if self._tokenizer is not None:
@@ -138,24 +183,40 @@ class Model:
             )
         events = request.get("history", [])
         if not isinstance(events, list) or len(events) > MOST_HISTORY:
-            raise BadRequest(f"{where}: history: wrong", allowed=f"a list of at most {MOST_HISTORY} purchases")
+            raise BadRequest(f"{where}: history: wrong", allowed=f"a list of at most {MOST_HISTORY} events")
         for i, event in enumerate(events):
-            if not isinstance(event, dict) or event.keys() != {"product", "days_ago"}:
-                raise BadRequest(
-                    f"{where}: history[{i}]: wrong",
-                    value=repr(event)[:80],
-                    allowed="an object with product and days_ago",
-                )
-            if type(event["product"]) is not int:
-                raise BadRequest(
-                    f"{where}: history[{i}].product: wrong", value=repr(event["product"])[:80], allowed="a whole number"
-                )
-            days = event["days_ago"]
-            if type(days) not in (int, float) or not 0 <= days <= 36_500:
-                raise BadRequest(
-                    f"{where}: history[{i}].days_ago: wrong", value=repr(days)[:80], allowed="days from 0 to 36500"
-                )
+            at = f"{where}: history[{i}]"
+            _check_product(event, at, {"product", "days_ago"}, {"kind"})
+            _check_number(event["days_ago"], f"{at}.days_ago", 36_500, "days from 0 to 36500")
+            if event.get("kind", KINDS[0]) not in KINDS:
+                raise BadRequest(f"{at}.kind: wrong", value=repr(event["kind"])[:80], allowed=", ".join(KINDS))
+        offers = request.get("offers", [])
+        if not isinstance(offers, list) or len(offers) > MOST_OFFERS:
+            raise BadRequest(f"{where}: offers: wrong", allowed=f"a list of at most {MOST_OFFERS} offers")
+        for i, offer in enumerate(offers):
+            at = f"{where}: offers[{i}]"
+            _check_product(offer, at, {"product"}, set(OFFER))
+            for name in OFFER:
+                _check_number(offer.get(name, 0), f"{at}.{name}", 1, "a number from 0 to 1")
         return k
+
+
+def _check_product(value: Any, where: str, needed: set[str], more: set[str]) -> None:
+    """Refuse what is not an object with these keys and a product's id."""
+    if not isinstance(value, dict) or not needed <= value.keys() <= needed | more:
+        allowed = f"an object with {' and '.join(sorted(needed))}" + (
+            f", also {', '.join(sorted(more))}" if more else ""
+        )
+        raise BadRequest(f"{where}: wrong", value=repr(value)[:80], allowed=allowed)
+    if type(value["product"]) not in (int, str):
+        raise BadRequest(
+            f"{where}.product: wrong", value=repr(value["product"])[:80], allowed="a whole number or a text"
+        )
+
+
+def _check_number(value: Any, where: str, most: float, allowed: str) -> None:
+    if type(value) not in (int, float) or not 0 <= value <= most:
+        raise BadRequest(f"{where}: wrong", value=repr(value)[:80], allowed=allowed)
 
 
 def open_bundle(folder: Path, name: str, attestation: str, keys: Keys, threads: int = 0) -> Model:

@@ -5,13 +5,17 @@ Fields are those of Triton's model_config.proto; the ONNX Runtime back end reads
 
 from collections.abc import Mapping
 
+from serve.history import FEATURES, OFFER
+
 CONFIG = "config.pbtxt"
 
 INPUTS = {
     "query_ids": ("TYPE_INT64", "[ -1 ]"),
     "query_mask": ("TYPE_INT64", "[ -1 ]"),
     "items": ("TYPE_INT64", "[ -1 ]"),
-    "features": ("TYPE_FP32", "[ -1, 6 ]"),
+    "features": ("TYPE_FP32", f"[ -1, {len(FEATURES)} ]"),
+    "offers": ("TYPE_INT64", "[ -1 ]"),
+    "strengths": ("TYPE_FP32", f"[ -1, {len(OFFER)} ]"),
 }
 
 
@@ -19,7 +23,8 @@ def config(name: str, inputs: tuple[str, ...], returned: int, most: int = 32) ->
     """Return config.pbtxt of a ranking graph that takes `inputs` and returns `returned` rows, batches of at most `most`."""
     warm: Mapping[str, str] = {
         "query_ids": "dims: [ 4 ] zero_data: true", "query_mask": "dims: [ 4 ] zero_data: true",
-        "items": "dims: [ 1 ] zero_data: true", "features": "dims: [ 1, 6 ] zero_data: true",
+        "items": "dims: [ 1 ] zero_data: true", "features": f"dims: [ 1, {len(FEATURES)} ] zero_data: true",
+        "offers": "dims: [ 1 ] zero_data: true", "strengths": f"dims: [ 1, {len(OFFER)} ] zero_data: true",
     }  # fmt: skip
     lines = [
         f'name: "{name}"',

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 
 import serve
@@ -20,10 +21,10 @@ from models.config import Target, TargetName
 from models.release import File, artifact_key, files_digest
 from serve import greengrass, triton
 from serve.errors import ShipyardError
-from serve.history import FEATURES, LIMIT
+from serve.history import FEATURES, LIMIT, OFFER
 from serve.runtime import SCHEMA, Model
 from serve.trust import MANIFEST, check_bundle, sha256_file
-from shipyard.evaluate import Examples
+from shipyard.examples import Examples
 from shipyard.export import IR_VERSION, OPSET
 
 ENGINE = {"name": "onnxruntime", "minimum": "1.23"}
@@ -69,7 +70,7 @@ def bundle(
     graph = onnx.load(tree / model_path)
     inputs = tuple(i.name for i in graph.graph.input)
     returned = graph.graph.output[0].type.tensor_type.shape.dim[1].dim_value
-    _copy(split / "products.json", tree / "products.json")
+    _copy(split / "catalogue.json", tree / "catalogue.json")
     if module.TASK == "search":
         _copy(finetuned / "tokenizer.json", tree / "tokenizer.json")
     if place == "gpu":
@@ -83,10 +84,11 @@ def bundle(
         "name": kebab,
         "task": module.TASK,
         "model": model_path,
-        "products": "products.json",
+        "level": module.LEVEL,
+        "catalogue": "catalogue.json",
         "tokenizer": "tokenizer.json" if module.TASK == "search" else None,
         "max_tokens": facts["max_tokens"],
-        "history": {"limit": LIMIT, "features": list(FEATURES)},
+        "history": {"limit": LIMIT, "features": list(FEATURES), "offer": list(OFFER)},
         "inputs": list(inputs),
         "returned": returned,
         "precision": target.precision,
@@ -191,18 +193,27 @@ def _artifact(
 def _golden(data: Path, name: str, model: Model) -> list[dict[str, Any]]:
     """Return three real requests with the model's answers, and one without a history."""
     behaviour = load_behaviour(data)
-    examples = Examples(behaviour, VALIDATION, 64, (name,))
-    _, _, baskets, queries = examples.of(name)
-    requests: list[dict[str, Any]] = [{"history": []}]
-    for basket in baskets[:3].tolist():
+    examples = Examples(behaviour, VALIDATION, 64, (name,)).of(name)
+    queries: list[dict[str, Any]] = [{"history": []}]
+    for basket in examples.baskets[:3].tolist():
         rows, days = behaviour.past(basket)
-        products = behaviour.product_id[rows[-40:]].tolist()
-        events = [{"product": p, "days_ago": round(d, 3)} for p, d in zip(products, days[-40:].tolist(), strict=True)]
-        requests.append({"history": events})
+        events = [
+            {"product": behaviour.item[row - 1], "days_ago": round(day, 3)}
+            for row, day in zip(rows[-40:].tolist(), days[-40:].tolist(), strict=True)
+        ]
+        queries.append({"history": events})
+        if model.takes_offers:
+            start = behaviour.start[basket]
+            promoted, strengths = behaviour.market.offers(int(behaviour.place[start]), float(behaviour.day[start]))
+            own = np.isin(promoted, rows)
+            queries[-1]["offers"] = [
+                {"product": behaviour.item[row - 1], **dict(zip(OFFER, (round(s, 3) for s in told), strict=True))}
+                for row, told in zip(promoted[own][:20].tolist(), strengths[own][:20].tolist(), strict=True)
+            ]
     if model.task == "search":
-        for request, query in zip(requests, queries[:4].tolist(), strict=True):
+        for request, query in zip(queries, examples.queries[:4].tolist(), strict=True):
             request["query"] = behaviour.paths[query]
-    return [{"request": r, "answer": a} for r, a in zip(requests, model.predict(requests), strict=True)]
+    return [{"request": r, "answer": a} for r, a in zip(queries, model.predict(queries), strict=True)]
 
 
 def _empty(out: Path) -> Path:

@@ -164,7 +164,7 @@ def _make(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, rep
         with reporter.stage(title):
             return stage.run(folder)
 
-    line = Line(fleet, chosen.profile, build / chosen.profile, reporter.progress, watch)
+    line = Line(fleet, chosen.profile, root, build / chosen.profile, reporter.progress, watch)
     if chosen.verb != "release":
         records = line.until(chosen.verb)
         said = {unit: record.said for unit, record in records.items()}

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from models.release import Release
+from models.release import Release, Score
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -86,17 +86,37 @@ def release_lines(release: Release) -> list[tuple[str, ...]]:
                 f"{score.baseline.value:.3f}\n{score.baseline_name}",
                 f"{score.before.value:.3f}",
                 f"{after.value:.3f}\n[{after.low:.3f}, {after.high:.3f}]",
-                f"{over.value:+.3f}\n[{over.low:+.3f}, {over.high:+.3f}]",
+                f"{over.value:+.3f}{_part(score)}\n[{over.low:+.3f}, {over.high:+.3f}]",
                 "\n".join(forms),
             )
         )
     return lines
 
 
+def _part(score: Score) -> str:
+    """Return a difference as a part of the baseline, where there is one."""
+    return "" if score.relative is None else f" ({score.relative.value:+.1%})"
+
+
+def fusion_line(release: Release) -> str:
+    """Return what the fusion of a release gains; an empty text where there is none."""
+    fusion = release.fusion
+    if fusion is None:
+        return ""
+    over = fusion.over_best_single
+    return (
+        f"fusion of {', '.join(fusion.sources)} by {fusion.method}: ndcg@10 {fusion.fused.value:.3f} "
+        f"[{fusion.fused.low:.3f}, {fusion.fused.high:.3f}] on {fusion.examples} searches, {over.value:+.4f} "
+        f"[{over.low:+.4f}, {over.high:+.4f}] over {fusion.best_single_name} alone"
+    )
+
+
 def release_markdown(release: Release) -> str:
     """Return the table in Markdown."""
     rows = [COLUMNS, ("---",) * len(COLUMNS), *release_lines(release)]
-    return "\n".join("| " + " | ".join(cell.replace("\n", "<br>") for cell in row) + " |" for row in rows)
+    table = "\n".join("| " + " | ".join(cell.replace("\n", "<br>") for cell in row) + " |" for row in rows)
+    told = fusion_line(release)
+    return f"{table}\n\n{told[0].upper()}{told[1:]}." if told else table
 
 
 def print_release(release: Release) -> None:
@@ -108,5 +128,7 @@ def print_release(release: Release) -> None:
     for line in release_lines(release):
         table.add_row(*line)
     console.print(table)
+    if told := fusion_line(release):
+        console.print(told, soft_wrap=True)
     for artifact in release.artifacts:
         console.print(f"  {artifact.bytes / 1e6:8.1f} MB  {artifact.kind:18}  {artifact.key}", soft_wrap=True)

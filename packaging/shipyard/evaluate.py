@@ -1,12 +1,13 @@
-"""Evaluate: one metric for every form of a sub-model, intervals, and baselines.
+"""Evaluate: what every form of a sub-model is judged by, on which examples, with which intervals.
 
 The metric is nDCG@10 over the full ranking with binary gains; sampled negatives mislead (Krichene and Rendle, KDD 2020).
-Intervals are percentile bootstraps over households (Efron 1979): one example a household, so examples are resampled.
-Differences are paired. Choices are made on validation, the test period is scored for the release.
+Repeat and explore items are told apart (Li et al., "A Next Basket Recommendation Reality Check", TOIS 2023). Intervals are
+bootstraps over households, differences are paired. Settings, methods and calibrations are chosen on validation; the test
+period is scored for the release.
 """
 
-from collections.abc import Callable
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,165 +15,348 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from models import submodel, trunk
-from models.behaviour import TEST, VALIDATION, Behaviour, Ints, View, load_behaviour
+from models.behaviour import TEST, VALIDATION, Behaviour, Ints, Level, load_behaviour
 from models.config import Finetune, Profile
-from serve.errors import ShipyardError
-from shipyard.finetune import Batches, Progress, Vectors, build_joint, load_vectors
+from shipyard import calibrate, metrics
+from shipyard.baselines import Baseline, OwnCounts, OwnDecayed, Popularity, RecentPopularity, rank
+from shipyard.boosted import Boosted
+from shipyard.examples import PLACES, RETURNED, Answered, Cut, Examples, Scores, answer, load_joint
+from shipyard.finetune import load_vectors
+from shipyard.fuse import fit_fusion
+from shipyard.joint import Vectors, build_joint
+from shipyard.lexical import Bm25, Bm25Own, ExactPath, ExactPathDecayed, ExactPathOwn
+from shipyard.neighbours import TifuKnn, UpCf
+from shipyard.purchases import Purchases, group
+from shipyard.queries import misspell, paraphrase
+from shipyard.tower import encode
+from shipyard.train import Progress
 
-PLACES = 10
-"""Places of the ranking that the metric looks at."""
+BASELINES: dict[str, tuple[Baseline, ...]] = {
+    "search": (ExactPath(), ExactPathOwn(), ExactPathDecayed(), Bm25(), Bm25Own()),
+    "recommend": (Popularity(), RecentPopularity(), OwnCounts(), OwnDecayed(), TifuKnn(), UpCf(), Boosted()),
+}
+"""What a task's sub-models have to beat."""
 
-Scores = npt.NDArray[np.float64]
-
-
-def ndcg(ranked: Ints, relevant: Ints) -> Scores:
-    """Return nDCG@10 [B] of ranked rows [B, 10 or more] against right answers [B, K] padded with 0.
-
-    Gains are binary, the discount is log2(1 + place) (Jarvelin and Kekalainen 2002).
-    """
-    places = min(PLACES, ranked.shape[1])
-    hits = (ranked[:, :places, None] == relevant[:, None, :]) & (relevant[:, None, :] != 0)
-    discount = 1 / np.log2(np.arange(2, places + 2))
-    ideal = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(2, PLACES + 2)))])
-    best = ideal[np.minimum((relevant != 0).sum(1), PLACES)]
-    gained = (hits.any(2) * discount).sum(1)
-    return np.divide(gained, best, out=np.zeros(len(gained)), where=best > 0)
-
-
-def interval(values: Scores, seed: int = 7, rounds: int = 2000) -> dict[str, float]:
-    """Return the mean of `values` with its 95 % bootstrap interval, rounded to 5 places."""
-    rng = np.random.default_rng(seed)
-    means = np.array([values[rng.integers(0, len(values), len(values))].mean() for _ in range(rounds)])
-    low, high = np.quantile(means, [0.025, 0.975])
-    return {"value": round(float(values.mean()), 5), "low": round(float(low), 5), "high": round(float(high), 5)}
+SIMPLE = ("popularity", "own counts, popularity", "own decayed counts, popularity")
+"""Baselines of recommendation that cost next to nothing; a small profile is held to these alone."""
 
 
-class Examples:
-    """The examples of one period, one a household, cut for each sub-model.
+@dataclass(frozen=True)
+class Judge:
+    """What the figures of a release are made of."""
 
-    Those without a right answer are left out; of the rest at most `most` are taken, spread over all.
-    """
+    behaviour: Behaviour
+    config: Finetune
+    profile: Profile
+    names: tuple[str, ...]
+    before: tuple[trunk.Joint, Vectors]
+    after: tuple[trunk.Joint, Vectors]
+    validation: Examples
+    test: Examples
+    towers: Mapping[str, Any]
+    progress: Progress
 
-    def __init__(self, behaviour: Behaviour, period: int, most: int, names: tuple[str, ...]) -> None:
-        self.behaviour = behaviour
-        self.most = most
-        self.baskets = behaviour.first_baskets(period)
-        self.queries = behaviour.queries(self.baskets)
-        self.batches = Batches(behaviour, names)
+    def score(self, name: str) -> dict[str, Any]:
+        """Return the record of a sub-model."""
+        module = submodel.load(name)
+        joint, vectors = self.after
+        validation, test = self.validation.of(name), self.test.of(name)
+        self.progress(f"evaluate {name}", 0, len(test.baskets))
+        found = answer(
+            joint,
+            test,
+            vectors.queries[test.queries, 0],
+            lambda done: self.progress(f"evaluate {name}", done, len(test.baskets)),
+            # one right category a request: a classifier
+            keep=(module.ANSWER, module.LEVEL) == ("asked", "category"),
+        )
+        held = answer(joint, validation, vectors.queries[validation.queries, 0], full=False)
+        untrained = answer(self.before[0], test, self.before[1].queries[test.queries, 0], full=False)
+        relevant, owners = test.relevant, test.owners
+        after = metrics.ndcg(found.ranked, relevant)
+        before = metrics.ndcg(untrained.ranked, relevant)
+        best, tuned, ranked = self.baselines(name, validation, test)
+        by_rule = metrics.ndcg(ranked[best], relevant)
+        record = {
+            "metric": module.METRIC,
+            "level": module.LEVEL,
+            "examples": len(relevant),
+            "households": len(np.unique(owners)),
+            "baseline_name": best,
+            "baseline": metrics.interval(by_rule, owners),
+            "before": metrics.interval(before, owners),
+            "after": metrics.interval(after, owners),
+            "over_baseline": metrics.difference(after, by_rule, owners),
+            "over_before": metrics.difference(after, before, owners),
+            "baselines": {
+                rule: {
+                    **metrics.interval(metrics.ndcg(rows, relevant), owners),
+                    "over": metrics.difference(after, metrics.ndcg(rows, relevant), owners),
+                    "settings": tuned[rule][0],
+                    "validation": tuned[rule][1],
+                }
+                for rule, rows in ranked.items()
+            },
+            "metrics": _figures(found, relevant, owners, test.rows),
+            "baseline_metrics": _of_ranking(ranked[best], relevant, owners),
+            "kinds": self.kinds(test, found.ranked, ranked[best]),
+            "slices": self.slices(test, found.ranked, ranked[best]),
+            "calibration": _calibration(held, validation, found, test),
+        }  # fmt: skip
+        if module.TASK == "search":
+            record["queries"] = self.queries(name, test)
+        if found.logits is not None:
+            names = [str(label) for label in self.behaviour.names(module.LEVEL)]
+            record["report"] = metrics.classification_report(relevant[:, 0] - 1, found.logits.astype(float), names)
+        return record
 
-    @cached_property
-    def _views(self) -> dict[str, View]:
-        return self.batches.views(self.baskets, self.queries)
+    def fusion(self, search: str, names: Sequence[str]) -> dict[str, Any]:
+        """Fuse what the sub-models that rank products answer to the requests of `search`, which is the first of `names`."""
+        joint, vectors = self.after
+        periods = []
+        for period, examples in ((VALIDATION, self.validation), (TEST, self.test)):
+            cut = examples.of(search)
+            rankings = {}
+            for name in names:
+                self.progress(f"fusion: {name}", period, TEST)
+                asked = replace(cut, name=name)
+                found = answer(joint, asked, vectors.queries[cut.queries, 0], full=False)
+                # rows of the sub-model to rows of the catalogue
+                rankings[name] = np.r_[0, self.test.batches.rows[name]][found.ranked], found.scores
+            periods.append((rankings, np.r_[0, self.test.batches.rows[search]][cut.relevant], cut.owners))
+        (learn, right, _), (judged, relevant, owners) = periods
+        return fit_fusion(learn, right, judged, relevant, owners)
 
-    def of(self, name: str) -> tuple[View, Ints, Ints, Ints]:
-        """Return view, right answers [B, K], baskets [B] and queries [B] of a sub-model."""
-        view = self._views[name]
-        relevant = submodel.load(name).relevant(view)
-        kept = np.flatnonzero((relevant != 0).any(1))
-        if len(kept) < 20:
-            raise ShipyardError(
-                f"evaluate: {name}: too few examples with a right answer", value=len(kept), allowed="20 or more",
-                mend="raise households or test_examples of the profile in fleet.toml",
-            )  # fmt: skip
-        kept = kept[np.linspace(0, len(kept) - 1, min(self.most, len(kept))).astype(int)]
-        return view.take(kept), relevant[kept], self.baskets[kept], self.queries[kept]
+    def baselines(
+        self, name: str, validation: Cut, test: Cut
+    ) -> tuple[str, dict[str, tuple[dict[str, Any], float]], dict[str, Ints]]:
+        """Tune every baseline on validation.
+
+        Returns:
+            The name of the best there, settings and figure of each there, and what each ranks on the test [B, 10].
+        """
+        task, level = submodel.load(name).TASK, self.test.batches.levels[name]
+        purchases, rows = _purchases(self.behaviour, level), self.test.batches.rows[name]
+        ranked, tuned = {}, {}
+        for rule in BASELINES[task]:
+            if not self.profile.strong_baselines and task == "recommend" and rule.name not in SIMPLE:
+                continue
+            self.progress(f"baseline of {name}: {rule.name}", 0, 1)
+            right = np.r_[0, rows][validation.relevant]
+            best, table = rule.tune(purchases, validation.baskets, validation.queries, right, rows, self.config.seed)
+            ranks = rank(best.fit(purchases, TEST), test.baskets, test.queries, rows)
+            ranked[rule.name] = np.searchsorted(rows, ranks) + 1
+            tuned[rule.name] = (best.settings(), max(line["ndcg@10"] for line in table))
+        return max(tuned, key=lambda rule: tuned[rule][1]), tuned, ranked
+
+    def kinds(self, test: Cut, ranked: Ints, rival: Ints) -> dict[str, Any]:
+        """Return figures on what the shopper had bought before ("repeat") and on what not ("explore"), apart."""
+        own = self._bought_before(test)
+        parts = {"repeat": np.where(own, test.relevant, 0), "explore": np.where(own, 0, test.relevant)}
+        return {kind: _pair(ranked, rival, right, test.owners) for kind, right in parts.items()}
+
+    def _bought_before(self, test: Cut) -> npt.NDArray[np.bool_]:
+        place = test.batches.place[test.name]
+        lines = [
+            np.isin(right, place[self.behaviour.past(basket)[0]]) & (right > 0)
+            for basket, right in zip(test.baskets.tolist(), test.relevant, strict=True)
+        ]
+        return np.stack(lines)
+
+    def slices(self, test: Cut, ranked: Ints, rival: Ints) -> dict[str, Any]:
+        """Return figures by length of history, by how often the right items are sold, and by promotion."""
+        start, born = self.behaviour.start[test.baskets], self.behaviour.born[test.baskets]
+        lengths = np.digitize(start - born, (50, 200, 500))
+        labels = ("under 50 lines", "50 to 199", "200 to 499", "500 and more")
+        found: dict[str, Any] = {"history": {}}
+        for k, label in enumerate(labels):
+            if (lengths == k).sum() >= 20:
+                right = np.where((lengths == k)[:, None], test.relevant, 0)
+                found["history"][label] = _pair(ranked, rival, right, test.owners)
+        place, rows = test.batches.place[test.name], test.rows
+        sold = np.bincount(place, self.behaviour.sold(TEST), rows + 1)
+        frequent = np.sort(sold[1:])[::-1][: max(1, rows // 100)][-1]
+        parts = {
+            "new (not sold before)": sold[test.relevant] == 0,
+            "rare": (sold[test.relevant] > 0) & (sold[test.relevant] < frequent),
+            "frequent (the first percent)": sold[test.relevant] >= max(frequent, 1),
+        }
+        if test.batches.levels[test.name] == "product":
+            promoted = np.concatenate(
+                [
+                    np.stack([np.isin(r, o[o > 0]) for r, o in zip(test.relevant[part], view.offers, strict=True)])
+                    for part, view in test.views()
+                ]
+            )
+            parts |= {"promoted": promoted, "not promoted": ~promoted}
+        found["items"] = {}
+        for label, which in parts.items():
+            right = np.where(which, test.relevant, 0)
+            if (right > 0).any(1).sum() >= 20:
+                found["items"][label] = _pair(ranked, rival, right, test.owners)
+        return found
+
+    def queries(self, name: str, test: Cut) -> dict[str, Any]:
+        """Return figures on misspelt and paraphrased queries, and with the category's words taken out of the texts.
+
+        The other words for a paraphrase are for evaluation alone; training never sees them.
+        """
+        rng = np.random.default_rng(self.config.seed)
+        paths = [self.behaviour.paths[query] for query in test.queries]
+        asked = {
+            "as the category is written": paths,
+            "misspelt": [misspell(path, rng) for path in paths],
+            "paraphrased": [paraphrase(path) for path in paths],
+        }
+        purchases = _purchases(self.behaviour, "product")
+        lexical = Bm25(k1=1.2, b=0.0).fit(purchases, TEST)
+        record = {}
+        for kind, words in asked.items():
+            changed = np.array([word != path for word, path in zip(words, paths, strict=True)])
+            chosen = np.flatnonzero(changed) if kind != "as the category is written" else np.arange(len(paths))
+            part = test.take(chosen)
+            if len(chosen) < 20:
+                continue
+            words = [words[i] for i in chosen]
+            ranked = {
+                which: answer(joint, part, self._encode(which, words), full=False).ranked
+                for which, (joint, _) in (("after", self.after), ("before", self.before))
+            }
+            ranked["BM25"] = rank(lexical, part.baskets, words)
+            record[kind] = _several(ranked, part)
+        record["category's words taken out of the texts"] = self._stripped(name, test)
+        return record
+
+    def _stripped(self, name: str, test: Cut) -> dict[str, Any]:
+        """Score search over items whose texts have lost the words of their own category path."""
+        behaviour = self.behaviour
+        words = [set(path.split()) for path in behaviour.paths]
+        kept = [
+            " ".join(word for word in behaviour.texts[text].split() if word not in words[path])
+            for text, path in zip(behaviour.text_of_row, behaviour.path_of_row[1:], strict=True)
+        ]
+        texts, of_row = np.unique(kept, return_inverse=True)
+        bare = replace(behaviour, texts=texts.tolist(), text_of_row=of_row)
+        ranked = {}
+        for which, (joint, vectors) in (("after", self.after), ("before", self.before)):
+            levels: dict[Level, Tensor] = {**vectors.texts, "product": self._encode(which, texts.tolist())}
+            # nothing of a type's words is left to match either
+            levels["type"] = torch.zeros_like(levels["type"])
+            other = build_joint(bare, Vectors(levels, vectors.queries), self.config, self.names)
+            other.load_state_dict(joint.state_dict())
+            ranked[which] = answer(other, test, vectors.queries[test.queries, 0], full=False).ranked
+        ranked["BM25"] = rank(Bm25(k1=1.2, b=0.0).fit(bare, TEST), test.baskets, test.queries)
+        return _several(ranked, test)
+
+    def _encode(self, which: str, texts: Sequence[str]) -> Tensor:
+        tower, tokenizer = self.towers[which]
+        return encode(tower, tokenizer, texts, self.progress, f"encode, {which}")
 
 
-def rank(scorer: Callable[[View, Ints], npt.NDArray[np.float32]], view: View, queries: Ints, batch: int = 128) -> Ints:
-    """Return the first rows [B, 10] by score, ties by the lower row; `scorer` gives [b, R + 1] for a part of the view."""
-    found = []
-    for k in range(0, len(queries), batch):
-        part = slice(k, k + batch)
-        found.append(top(scorer(view.take(part), queries[part])))
-    return np.concatenate(found)
+def _purchases(behaviour: Behaviour, level: Level) -> Purchases:
+    if level == "product":
+        return behaviour
+    return group(behaviour, behaviour.row_of(level), [str(name) for name in behaviour.names(level)])
 
 
-def top(scores: npt.NDArray[Any]) -> Ints:
-    """Return the rows of the ten highest scores [B, 10], the highest first, ties by the lower row; row 0 is left out."""
-    ranked = np.empty((len(scores), PLACES), np.int64)
-    for line, each in zip(ranked, scores[:, 1:], strict=True):
-        # a partition alone takes any of those that tie for the last place, and many products share one text
-        least = np.partition(each, -PLACES)[-PLACES]
-        above = np.flatnonzero(each > least)
-        tied = np.flatnonzero(each == least)[: PLACES - len(above)]
-        line[:] = np.r_[above[np.argsort(-each[above], kind="stable")], tied] + 1
-    return ranked
+def _pair(ranked: Ints, rival: Ints, right: Ints, owners: Ints) -> dict[str, Any]:
+    """Return nDCG@10 of the model and of the baseline where there is a right answer, and their difference."""
+    kept = (right > 0).any(1)
+    if not kept.any():
+        return {"examples": 0}
+    ours, theirs = metrics.ndcg(ranked[kept], right[kept]), metrics.ndcg(rival[kept], right[kept])
+    return {
+        "examples": int(kept.sum()),
+        "after": metrics.interval(ours, owners[kept]),
+        "baseline": metrics.interval(theirs, owners[kept]),
+        "over_baseline": metrics.difference(ours, theirs, owners[kept]),
+    }
 
 
-def score_joint(joint: trunk.Joint, vectors: Vectors, name: str) -> Callable[[View, Ints], npt.NDArray[np.float32]]:
-    """Return a scorer by the joint model."""
-    joint.eval()
-    with torch.inference_mode():
-        table = joint.table(joint.rows[name])
-
-    def scorer(view: View, queries: Ints) -> npt.NDArray[np.float32]:
-        with torch.inference_mode():
-            items, features = torch.from_numpy(view.items), torch.from_numpy(view.features)
-            logits: npt.NDArray[np.float32] = joint(
-                name, table, joint.bias[name], vectors.paths[queries], items, features
-            ).numpy()
-            return logits
-
-    return scorer
+def _several(ranked: Mapping[str, Ints], cut: Cut) -> dict[str, Any]:
+    values = {which: metrics.ndcg(rows, cut.relevant) for which, rows in ranked.items()}
+    return {
+        "examples": len(cut.baskets),
+        **{which: metrics.interval(value, cut.owners) for which, value in values.items()},
+        "over_before": metrics.difference(values["after"], values["before"], cut.owners),
+        "over_BM25": metrics.difference(values["after"], values["BM25"], cut.owners),
+    }
 
 
-def rank_by_rule(rule: submodel.Rule, behaviour: Behaviour, rows: Ints, baskets: Ints, queries: Ints) -> Ints:
-    """Return the first rows [B, 10] of a baseline in the rows that a sub-model ranks."""
-    chosen = np.r_[0, rows]
-    ranked = [
-        top(rule(behaviour, int(basket), int(query))[None, chosen])[0]
-        for basket, query in zip(baskets, queries, strict=True)
-    ]
-    return np.stack(ranked)
+def _of_ranking(ranked: Ints, relevant: Ints, owners: Ints) -> dict[str, Any]:
+    """Return what the first ten places tell."""
+    return {
+        "ndcg@10": metrics.interval(metrics.ndcg(ranked, relevant), owners),
+        "recall@10": metrics.interval(metrics.recall(ranked, relevant, PLACES), owners),
+        "mrr@10": metrics.interval(metrics.mrr(ranked, relevant, PLACES), owners),
+    }
 
 
-def load_joint(
-    behaviour: Behaviour, folder: Path, config: Finetune, names: tuple[str, ...]
-) -> tuple[trunk.Joint, Vectors]:
-    """Read the fine-tuned joint model and its text vectors."""
-    vectors = load_vectors(folder, "after")
-    joint = build_joint(behaviour, vectors, config, names)
-    joint.load_state_dict(load_file(folder / "joint.safetensors"))
-    joint.eval()
-    return joint, vectors
+def _figures(found: Answered, relevant: Ints, owners: Ints, rows: int) -> dict[str, Any]:
+    """Return all metrics of a model's full ranking."""
+    return {
+        **_of_ranking(found.ranked[:, :PLACES], relevant, owners),
+        "recall@100": metrics.interval(metrics.recall(found.ranked, relevant, RETURNED), owners),
+        "mrr": metrics.interval(metrics.mrr_of_places(found.places), owners),
+        "auc": metrics.interval(metrics.auc(found.places, relevant, rows), owners),
+        "log_loss": metrics.interval(found.log_loss, owners),
+    }
+
+
+def _calibration(held: Answered, validation: Cut, found: Answered, test: Cut) -> dict[str, Any]:
+    """Fit probabilities of the first ten places to validation and judge them on test."""
+    scores, labels, owners = _first_ten(held, validation)
+    if labels.all() or not labels.any():
+        return {}
+    chosen = calibrate.choose(scores, labels, owners)
+    scores, labels, _ = _first_ten(found, test)
+    probability = chosen.apply(scores)
+    return {
+        **chosen.to_json(),
+        "calibration_error": round(metrics.calibration_error(probability, labels), 5),
+        "log_loss": round(float(np.mean(metrics.log_loss(probability, labels))), 5),
+        "brier": round(float(np.mean(metrics.brier(probability, labels))), 5),
+        "raw_calibration_error": round(metrics.calibration_error(1 / (1 + np.exp(-scores.clip(-60, 60))), labels), 5),
+        "reliability": metrics.reliability(probability, labels),
+    }
+
+
+def _first_ten(found: Answered, cut: Cut) -> tuple[Scores, npt.NDArray[np.bool_], Ints]:
+    """Return scores, whether they were right, and owners of the first ten places of each example, one after the other."""
+    rows = found.ranked[:, :PLACES]
+    right = (rows[:, :, None] == cut.relevant[:, None, :]).any(2)
+    scores = found.scores[:, :PLACES].astype(np.float64)
+    return scores.ravel(), right.ravel(), np.repeat(cut.owners, rows.shape[1])
 
 
 def evaluate(
-    data: Path, finetuned: Path, config: Finetune, profile: Profile, names: tuple[str, ...], progress: Progress
-) -> dict[str, Any]:
-    """Score every sub-model on the test period: its strongest baseline, before fine-tuning and after it."""
+    data: Path, finetuned: Path, base: Path, config: Finetune, profile: Profile, names: tuple[str, ...],
+    progress: Progress,
+) -> dict[str, Any]:  # fmt: skip
+    """Score every sub-model on the test period: baselines, before fine-tuning and after it; fit and score the fusion.
+
+    Returns:
+        By "submodels" each one's record, and the "fusion"'s where there is a search to fuse.
+    """
     behaviour = load_behaviour(data)
-    before = load_vectors(finetuned, "before")
-    untrained = build_joint(behaviour, before, config, names)
-    joint, after = load_joint(behaviour, finetuned, config, names)
-    validation = Examples(behaviour, VALIDATION, min(500, profile.test_examples), names)
-    test = Examples(behaviour, TEST, profile.test_examples, names)
-    record = {}
-    for done, name in enumerate(names):
-        progress(f"evaluate {name}", done, len(names))
-        module, rows = submodel.load(name), test.batches.rows[name]
-        _, right, baskets, queries = validation.of(name)
-        rules = {
-            rule_name: float(ndcg(rank_by_rule(rule, behaviour, rows, baskets, queries), right).mean())
-            for rule_name, rule in module.BASELINES.items()
-        }
-        best = max(rules, key=lambda rule: rules[rule])
-        view, relevant, baskets, queries = test.of(name)
-        by_rule = ndcg(rank_by_rule(module.BASELINES[best], behaviour, rows, baskets, queries), relevant)
-        by_before = ndcg(rank(score_joint(untrained, before, name), view, queries), relevant)
-        by_after = ndcg(rank(score_joint(joint, after, name), view, queries), relevant)
-        record[name] = {
-            "metric": module.METRIC,
-            "examples": len(relevant),
-            "baseline_name": best,
-            "baseline": interval(by_rule),
-            "before": interval(by_before),
-            "after": interval(by_after),
-            "over_baseline": interval(by_after - by_rule),
-            "over_before": interval(by_after - by_before),
-            "validation_baselines": {rule: round(value, 5) for rule, value in rules.items()},
-        }
-    progress("evaluate", len(names), len(names))
+    vectors = load_vectors(finetuned, "before")
+    before = build_joint(behaviour, vectors, config, names), vectors
+    after = load_joint(behaviour, finetuned, config, names)
+    untouched, tokenizer = trunk.load_tower(base)
+    tuned, _ = trunk.load_tower(base)
+    tuned.load_state_dict(load_file(finetuned / "tower.safetensors"))
+    judge = Judge(
+        behaviour, config, profile, names, before, after,
+        Examples(behaviour, VALIDATION, profile.validation_examples, names),
+        Examples(behaviour, TEST, profile.test_examples, names, profile.test_each),
+        {"before": (untouched, tokenizer), "after": (tuned, tokenizer)}, progress,
+    )  # fmt: skip
+    record = {"submodels": {name: judge.score(name) for name in names}}
+    products = [name for name in names if submodel.load(name).LEVEL == "product"]
+    search = next((name for name in products if submodel.load(name).TASK == "search"), None)
+    if search is not None and len(products) > 1:
+        record["fusion"] = judge.fusion(search, [search, *(name for name in products if name != search)])
     return record

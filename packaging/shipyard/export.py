@@ -20,16 +20,14 @@ from models import submodel, trunk
 from models.behaviour import VALIDATION, Ints, load_behaviour
 from models.config import Finetune
 from serve.errors import ShipyardError
-from serve.history import FEATURES, LIMIT
-from shipyard.evaluate import PLACES, Examples, ndcg
-from shipyard.finetune import tokenise
+from serve.history import FEATURES, LIMIT, MOST_OFFERS, OFFER
+from shipyard.examples import PLACES, RETURNED, Cut, Examples
+from shipyard.metrics import ndcg
 from shipyard.split import load_alone
+from shipyard.tower import tokenise
 
 OPSET = 20
 IR_VERSION = 10
-RETURNED = 100
-"""Rows that a graph returns for each request."""
-
 TOLERANCE = 1e-4
 """Largest difference of a logit between torch and fp32 ONNX, relative to the largest logit."""
 
@@ -77,10 +75,10 @@ def export(data: Path, alone: Path, base: Path, config: Finetune, name: str, out
     to_onnx(Ranker(model), file)
     check_versions(file)
     tokenizer = trunk.load_tokenizer(base)
-    examples = Examples(load_behaviour(data), VALIDATION, 64, (name,))
+    examples = Examples(load_behaviour(data), VALIDATION, 64, (name,)).of(name)
     session = open_session(file)
     parity, order = 0.0, []
-    for case, inputs in cases(model.inputs, examples, tokenizer, name):
+    for case, inputs in cases(model.inputs, examples, tokenizer):
         rows, scores = run(session, inputs)
         with torch.inference_mode():
             logits = model(*(torch.from_numpy(inputs[i]) for i in model.inputs)).numpy()
@@ -111,13 +109,17 @@ def to_onnx(ranker: Ranker, file: Path) -> None:
     names = ranker.alone.inputs
     # two tensors: one object given twice becomes one input in the graph
     text = [torch.ones(2, 7, dtype=torch.long) for _ in range(2)] if "query_ids" in names else []
-    example = (*text, torch.tensor([[1, 2, 0], [1, 0, 0]]), torch.rand(2, 3, len(FEATURES)))
+    example = [*text, torch.tensor([[1, 2, 0], [1, 0, 0]]), torch.rand(2, 3, len(FEATURES))]
+    if "offers" in names:
+        example += [torch.tensor([[1, 2, 3, 0], [2, 0, 0, 0]]), torch.rand(2, 4, len(OFFER))]
     batch = torch.export.Dim("batch", min=1, max=4096)
     length = torch.export.Dim("items", min=1, max=LIMIT)
+    promoted = torch.export.Dim("offers", min=1, max=MOST_OFFERS)
     tokens = torch.export.Dim("tokens", min=1, max=submodel.MAX_TOKENS)
-    shapes = tuple({0: batch, 1: tokens if name.startswith("query") else length} for name in names)
+    of = {"query_ids": tokens, "query_mask": tokens, "offers": promoted, "strengths": promoted}
+    shapes = tuple({0: batch, 1: of.get(name, length)} for name in names)
     program = torch.onnx.export(
-        ranker.eval(), example, dynamo=True, opset_version=OPSET, input_names=list(names), verbose=False,
+        ranker.eval(), tuple(example), dynamo=True, opset_version=OPSET, input_names=list(names), verbose=False,
         output_names=["rows", "scores"], dynamic_shapes=(shapes,),
     )  # fmt: skip
     assert program is not None
@@ -148,58 +150,64 @@ def check_versions(file: Path) -> None:
         )  # fmt: skip
 
 
-def cases(
-    names: tuple[str, ...], examples: Examples, tokenizer: PreTrainedTokenizerBase, name: str
-) -> list[tuple[str, Arrays]]:
-    """Return named inputs: real ones, an empty history, an empty, a longest and a Chinese query, the longest history."""
-    view, _, _, queries = examples.of(name)
-    texts = [examples.behaviour.paths[q] for q in queries]
-    rows = int(view.items.max())
+def cases(names: tuple[str, ...], examples: Cut, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, Arrays]]:
+    """Return named inputs: real ones, an empty request, an empty, a longest and a Chinese query, the longest history."""
+    real = _arrays(examples)
+    texts = [examples.behaviour.paths[query] for query in examples.queries]
+    rows = examples.rows
     rng = np.random.default_rng(0)
-    longest = rng.permutation(np.resize(np.arange(1, rows + 1), LIMIT))[None]
-    none, told = np.zeros((1, 1), np.int64), np.zeros((1, 1, len(FEATURES)), np.float32)
-    found: list[tuple[str, list[str], Ints, npt.NDArray[np.float32]]] = [
-        ("real requests", texts, view.items, view.features),
-        ("an empty request", [""], none, told),
-        ("the longest history", ["frozen pizza"], longest, rng.random((1, LIMIT, len(FEATURES)), np.float32) * 4),
-    ]
+    longest = min(LIMIT, rows)
+    empty: Arrays = {
+        "items": np.zeros((1, 1), np.int64), "features": np.zeros((1, 1, len(FEATURES)), np.float32),
+        "offers": np.zeros((1, 1), np.int64), "strengths": np.zeros((1, 1, len(OFFER)), np.float32),
+    }  # fmt: skip
+    filled = empty | {
+        "items": 1 + rng.permutation(rows)[None, :longest],
+        "features": rng.random((1, longest, len(FEATURES)), np.float32) * 4,
+        "offers": 1 + rng.permutation(rows)[None, :MOST_OFFERS],
+        "strengths": rng.random((1, min(rows, MOST_OFFERS), len(OFFER)), np.float32),
+    }
+    found: list[tuple[str, list[str], Arrays]] = [
+        ("real requests", texts, real), ("an empty request", [""], empty), ("the longest history", ["frozen pizza"], filled),
+    ]  # fmt: skip
     if "query_ids" in names:
         found += [
-            ("the longest query", ["chocolate " * 100], none, told),
-            ("a Chinese query", ["冷冻比萨 牛奶"], view.items[:1], view.features[:1]),
+            ("the longest query", ["chocolate " * 100], empty),
+            ("a Chinese query", ["冷冻比萨 牛奶"], {name: value[:1] for name, value in real.items()}),
         ]
-    return [(case, encode_inputs(names, tokenizer, t, i, f)) for case, t, i, f in found]
+    return [(case, encode_inputs(names, tokenizer, words, arrays)) for case, words, arrays in found]
+
+
+def _arrays(examples: Cut) -> Arrays:
+    view = examples.view(slice(None))
+    return {"items": view.items, "features": view.features, "offers": view.offers, "strengths": view.strengths}
 
 
 def encode_inputs(
-    names: tuple[str, ...],
-    tokenizer: PreTrainedTokenizerBase,
-    texts: list[str],
-    items: Ints,
-    features: npt.NDArray[np.float32],
+    names: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, texts: list[str], arrays: Arrays
 ) -> Arrays:
     """Return the arrays that a model takes, by name."""
-    given: Arrays = {"items": items, "features": features}
+    given = dict(arrays)
     if "query_ids" in names:
         ids, mask = tokenise(tokenizer, texts)
         given |= {"query_ids": ids.numpy(), "query_mask": mask.numpy()}
     return {name: given[name] for name in names}
 
 
-def requests(names: tuple[str, ...], examples: Examples, tokenizer: PreTrainedTokenizerBase, name: str) -> Requests:
-    """Return the examples of a period as requests."""
-    view, relevant, _, queries = examples.of(name)
-    texts = [examples.behaviour.paths[q] for q in queries]
-    return Requests(encode_inputs(names, tokenizer, texts, view.items, view.features), relevant)
+def requests(names: tuple[str, ...], examples: Cut, tokenizer: PreTrainedTokenizerBase) -> Requests:
+    """Return examples as requests."""
+    texts = [examples.behaviour.paths[query] for query in examples.queries]
+    return Requests(encode_inputs(names, tokenizer, texts, _arrays(examples)), examples.relevant)
 
 
 def trim(inputs: Arrays) -> Arrays:
     """Cut off columns that are padding in every request, one column left at least."""
-    items = max(1, int((inputs["items"] != 0).sum(1).max()))
-    cut = {"items": inputs["items"][:, :items], "features": inputs["features"][:, :items]}
-    if "query_mask" in inputs:
-        tokens = int(inputs["query_mask"].sum(1).max())
-        cut |= {"query_ids": inputs["query_ids"][:, :tokens], "query_mask": inputs["query_mask"][:, :tokens]}
+    cut: Arrays = {}
+    for given, names in {"items": ("items", "features"), "offers": ("offers", "strengths"),
+                         "query_mask": ("query_ids", "query_mask")}.items():  # fmt: skip
+        if given in inputs:
+            used = max(1, int((inputs[given] != 0).sum(1).max()))
+            cut |= {name: inputs[name][:, :used] for name in names}
     return {name: cut[name] for name in inputs}
 
 

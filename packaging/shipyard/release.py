@@ -24,6 +24,9 @@ from shipyard.upload import open_store, upload
 VERBS = ("data", "finetune", "evaluate", "split", "export", "quantise", "bundle")
 """The stages that are kept in the build folder, in the order of the flow."""
 
+JUDGED = ("validation_examples", "test_examples", "test_each", "strong_baselines")
+"""What of a profile the evaluation depends on."""
+
 RUNTIME = "edge_runtime"
 """Unit of the edge's runtime, which is code and belongs to no sub-model."""
 
@@ -34,11 +37,12 @@ Report = Callable[[str, int, int], None]
 class Line:
     """The assembly line of one profile: every stage with what it depends on.
 
-    `watch` runs each stage and may say so; `report` is called with progress inside it.
+    `root` is the folder of fleet.toml. `watch` runs each stage and may say so; `report` is called with progress inside it.
     """
 
     fleet: Fleet
     profile_name: str
+    root: Path
     build: Path
     report: Report
     watch: Callable[[Stage, Path], Record]
@@ -99,16 +103,38 @@ class Line:
         """Behaviour data, cleaned and split by time."""
         module = importlib.import_module("shipyard.data")
         settings, households = self.fleet.data, self.profile.households
-        config = {**_plain(settings), "households": households, "source_sha256": module.source_sha256(settings.source)}
-        return self._run("data", "joint", (), config, lambda out: module.data(settings, households, out))
+        folder = None if settings.folder is None else self.root / settings.folder
+        # where the files lie tells nothing of what is in them
+        config = {**_plain(settings), "folder": None, "households": households,
+                  "source_sha256": module.source_sha256(settings, folder)}  # fmt: skip
+
+        def work(out: Path) -> Any:
+            found = module.data(settings, households, out, folder)
+            behaviour = importlib.import_module("models.behaviour")
+            for name in behaviour.PERIODS:
+                behaviour.pack_market(out, name)
+            return found
+
+        return self._run("data", "joint", (), config, work, "models.behaviour")
+
+    @property
+    def past(self) -> Record:
+        """The data that training and choices may see: a change of the test period changes nothing of it."""
+        data = self.data
+        known = {name: sha for name, sha in data.said["digests"].items() if name != "test"}
+        return dataclasses.replace(data, digest=digest(known))
 
     @functools.cached_property
     def finetune(self) -> Record:
         """The tuned text tower and the joint model."""
         weights = {name: self.fleet.submodel[name].weight for name in self.names}
-        sizes = {key: value for key, value in _plain(self.profile).items() if key.startswith(("tower", "joint"))}
+        sizes = {
+            key: value
+            for key, value in _plain(self.profile).items()
+            if key.startswith(("mlm", "tower", "joint", "validation"))
+        }
         config = {**_plain(self.fleet.finetune), **sizes, "weights": list(weights.items()), "base": self.base_sha256}
-        data = self.data
+        data = self.past
 
         def work(out: Path) -> Any:
             module = importlib.import_module("shipyard.finetune")
@@ -124,29 +150,32 @@ class Line:
         def work(out: Path) -> Any:
             module = importlib.import_module("shipyard.evaluate")
             return module.evaluate(
-                data.folder, tuned.folder, self.fleet.finetune, self.profile, self.names, self.report
+                data.folder, tuned.folder, self.base, self.fleet.finetune, self.profile, self.names, self.report
             )
 
-        config = {"examples": self.profile.test_examples, "finetune": _plain(self.fleet.finetune), "names": self.names}
+        sizes = {key: getattr(self.profile, key) for key in JUDGED}
+        config = {**sizes, "finetune": _plain(self.fleet.finetune), "names": self.names, "base": self.base_sha256}
         record = self._run("evaluate", "joint", (data, tuned), config, work, *self._models)
-        importlib.import_module("shipyard.gates").hold(record.said, self.profile)
+        importlib.import_module("shipyard.gates").hold(record.said["submodels"], self.profile)
         return record
 
     @functools.cache  # noqa: B019 - a line lives as long as its command
     def split(self, name: str) -> Record:
         """A sub-model's stand-alone parameters."""
-        data, tuned, _ = self.data, self.finetune, self.evaluate
+        data, tuned, _ = self.past, self.finetune, self.evaluate
+        # another head's change is none of this sub-model's
+        own = dataclasses.replace(tuned, digest=digest([tuned.said["parts"]["trunk"], tuned.said["parts"][name]]))
 
         def work(out: Path) -> Any:
             module = importlib.import_module("shipyard.split")
             return module.split(data.folder, tuned.folder, self.base, self.fleet.finetune, self.names, name, out)
 
-        return self._run("split", name, (data, tuned), {"name": name}, work, *self._models)
+        return self._run("split", name, (data, own), {"name": name}, work, f"models.{name}")
 
     @functools.cache  # noqa: B019 - a line lives as long as its command
     def export(self, name: str) -> Record:
         """A sub-model's graph in fp32."""
-        data, alone = self.data, self.split(name)
+        data, alone = self.past, self.split(name)
 
         def work(out: Path) -> Any:
             module = importlib.import_module("shipyard.export")
@@ -158,7 +187,7 @@ class Line:
     @functools.cache  # noqa: B019 - a line lives as long as its command
     def quantise(self, name: str) -> Record:
         """A sub-model's graph in the precision of its target."""
-        data, exported = self.data, self.export(name)
+        data, exported = self.past, self.export(name)
         target = self.fleet.target[self.fleet.submodel[name].target]
         examples = min(200, self.profile.test_examples)
 
@@ -179,15 +208,16 @@ class Line:
                 return importlib.import_module("shipyard.bundle").bundle_runtime(target, out)
 
             return self._run("bundle", name, (), _plain(target), runtime, "serve.server")
-        data, alone, tuned, quantised = self.data, self.split(name), self.finetune, self.quantise(name)
+        data, alone, tuned, quantised = self.past, self.split(name), self.finetune, self.quantise(name)
         place = self.fleet.submodel[name].target
         target = self.fleet.target[place]
+        scores = self.evaluate.said["submodels"][name]
         facts = {
             "base": self.base_name,
             "base_sha256": self.base_sha256,
-            "data_sha256": data.digest,
+            "data_sha256": self.data.digest,
             "max_tokens": MAX_TOKENS,
-            "metric": self.evaluate.said[name]["after"] | {"name": self.evaluate.said[name]["metric"]},
+            "metric": scores["after"] | {"name": scores["metric"]},
         }
         _, libraries = closure(("serve.server", "serve.fetch"))
 
@@ -245,7 +275,7 @@ def release(line: Line, key: Ed25519PrivateKey, store_uri: str) -> tuple[Path, R
 
 def _body(line: Line, artifacts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return what the release says, before version and signature."""
-    scores, submodels = line.evaluate.said, {}
+    scores, submodels = line.evaluate.said["submodels"], {}
     for name in line.names:
         cut, exported, quantised = line.split(name).said, line.export(name).said, line.quantise(name).said
         submodels[name] = {
@@ -253,7 +283,10 @@ def _body(line: Line, artifacts: Mapping[str, Mapping[str, Any]]) -> dict[str, A
             "task": cut["task"],
             "parameters_own": cut["parameters_own"],
             "parameters_shared": cut["parameters_shared"],
-            "score": {k: v for k, v in scores[name].items() if k != "validation_baselines"},
+            "level": cut["level"],
+            "bytes_own": cut["bytes_own"],
+            "bytes_shared": cut["bytes_shared"],
+            "score": _score(scores[name]),
             "formats": [exported | {"loss": 0.0, "latency_ms": quantised["fp32_latency_ms"]}, quantised["form"]],
         }
     sources, libraries = closure(("shipyard.release", *(f"shipyard.{verb}" for verb in VERBS), *line._models))
@@ -268,7 +301,32 @@ def _body(line: Line, artifacts: Mapping[str, Mapping[str, Any]]) -> dict[str, A
             "libraries": libraries,
         },
         "submodels": submodels,
+        "fusion": _fusion(line.evaluate.said.get("fusion")),
         "artifacts": [artifacts[unit] for unit in sorted(artifacts)],
+    }
+
+
+def _score(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a release says of an evaluation's record."""
+    over = dict(record["over_baseline"])
+    calibration = {k: v for k, v in record["calibration"].items() if k != "reliability"}
+    kept = ("metric", "examples", "households", "baseline_name", "baseline", "before", "after", "metrics")
+    before = {k: v for k, v in record["over_before"].items() if k != "relative"}
+    return {key: record[key] for key in kept} | {
+        "relative": over.pop("relative"), "over_baseline": over, "over_before": before, "calibration": calibration,
+    }  # fmt: skip
+
+
+def _fusion(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return what a release pins of the fusion."""
+    if record is None:
+        return None
+    kept = ("method", "sources", "parameters", "examples")
+    return {key: record[key] for key in kept} | {
+        "best_single_name": record["best_single"],
+        "best_single": record["single"][record["best_single"]]["test"],
+        "fused": record["methods"][record["method"]]["test"],
+        "over_best_single": {k: v for k, v in record["over_best_single"].items() if k != "relative"},
     }
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -11,9 +12,12 @@ from models import submodel, trunk
 from models.behaviour import VALIDATION, load_behaviour
 from models.config import Finetune
 from serve.errors import ShipyardError
-from shipyard.evaluate import Examples, load_joint
+from shipyard.examples import Examples, load_joint
+from shipyard.joint import request
+from shipyard.tower import tokenise
 
 TOLERANCE = 1e-6
+REQUEST = ("items", "features", "offers", "strengths")
 
 
 def split(
@@ -21,11 +25,11 @@ def split(
 ) -> dict[str, Any]:
     """Cut the sub-model `name` out of the joint model and check it against that on real examples.
 
-    Writes model.safetensors (the stand-alone parameters) and products.json (the product ids that it ranks; number k
-    has row k + 1).
+    Writes model.safetensors (the stand-alone parameters) and catalogue.json: the ids of the "products" that a history may
+    name; their "rows" and what each row is called ("answers"), null where product k is row k + 1 and its own answer.
 
     Returns:
-        Parameters of its own, parameters baked from the shared trunk, and the largest difference of a logit.
+        Parameters and bytes of its own and of the shared trunk, and the largest difference of a logit.
 
     Raises:
         ShipyardError: an output differs by more than 1e-6 of the largest logit.
@@ -36,17 +40,13 @@ def split(
     tower.load_state_dict(load_file(finetuned / "tower.safetensors"))
     tower.eval()
     alone = joint.cut(name, tower)
-    examples = Examples(behaviour, VALIDATION, 64, (name,))
-    view, _, _, queries = examples.of(name)
-    tokens = tokenizer([behaviour.paths[q] for q in queries], padding=True, return_tensors="pt")
-    given = {
-        "query_ids": tokens["input_ids"], "query_mask": tokens["attention_mask"],
-        "items": torch.from_numpy(view.items), "features": torch.from_numpy(view.features),
-    }  # fmt: skip
+    examples = Examples(behaviour, VALIDATION, 64, (name,)).of(name)
+    view = examples.view(slice(None))
+    query_ids, query_mask = tokenise(tokenizer, [behaviour.paths[query] for query in examples.queries])
     with torch.inference_mode():
-        text = tower(given["query_ids"], given["query_mask"])
-        table = joint.table(joint.rows[name])
-        expected = joint(name, table, joint.bias[name], text, given["items"], given["features"])
+        asked = request(view, tower(query_ids, query_mask))
+        given = {"query_ids": query_ids, "query_mask": query_mask, **{i: getattr(asked, i) for i in REQUEST}}
+        expected = joint(name, joint.baked(name), asked)
         error = float((alone(*(given[i] for i in alone.inputs)) - expected).abs().max() / expected[:, 1:].abs().max())
     if not error <= TOLERANCE:
         raise ShipyardError(
@@ -55,18 +55,42 @@ def split(
             allowed=f"{TOLERANCE} or less",
         )
     rows = joint.rows[name].numpy()
+    level = joint.levels[name]
+    names_of_level = behaviour.names(level)
+    # the row of each product that a history may name, and what each row is called
+    place = examples.batches.place[name][1:]
+    known = np.flatnonzero(place)
+    catalogue = {
+        "products": [behaviour.item[k] for k in known.tolist()],
+        "rows": None if level == "product" else place[known].tolist(),
+        "answers": None if level == "product" else [names_of_level[row - 1] for row in rows.tolist()],
+    }
     save_file({k: v.contiguous() for k, v in alone.state_dict().items()}, out / "model.safetensors")
-    (out / "products.json").write_text(json.dumps(behaviour.product_id[rows].tolist()), encoding="utf-8")
-    own = sum(p.numel() for p in alone.head.parameters()) + alone.bias.numel()
-    shared = sum(v.numel() for v in alone.state_dict().values()) - own
+    (out / "catalogue.json").write_text(json.dumps(catalogue, ensure_ascii=False), encoding="utf-8")
+    own, shared = _sizes(alone)
     return {
         "task": submodel.load(name).TASK,
+        "level": level,
         "inputs": list(alone.inputs),
         "rows": len(rows),
-        "parameters_own": own,
-        "parameters_shared": shared,
+        "parameters_own": own[0],
+        "parameters_shared": shared[0],
+        "bytes_own": own[1],
+        "bytes_shared": shared[1],
         "error": error,
     }
+
+
+def _sizes(alone: trunk.Standalone) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return numbers and bytes of what is the sub-model's own (head and bias), and of what it has of the trunk."""
+    own: list[torch.Tensor] = []
+    shared: list[torch.Tensor] = []
+    for name, tensor in alone.state_dict().items():
+        (own if name.startswith("head.") or name == "bias" else shared).append(tensor)
+    return (
+        (sum(t.numel() for t in own), sum(t.nbytes for t in own)),
+        (sum(t.numel() for t in shared), sum(t.nbytes for t in shared)),
+    )
 
 
 def load_alone(folder: Path, base: Path, config: Finetune, name: str) -> trunk.Standalone:
@@ -74,9 +98,9 @@ def load_alone(folder: Path, base: Path, config: Finetune, name: str) -> trunk.S
     state = load_file(folder / "model.safetensors")
     tower, _ = trunk.load_tower(base)
     width = tower.encoder.config.hidden_size
-    rows = len(state["bias"])
-    head = submodel.load(name).Head(trunk.Shape(config.dimension, rows, 0, width))
+    head = submodel.load(name).Head(trunk.Shape(config.dimension, width))
     user = trunk.UserEncoder(config.dimension, layers=trunk.USER_LAYERS) if head.uses_user else None
-    alone = trunk.Standalone(head, state["vectors"], state["bias"], user, tower if head.uses_text else None)
+    baked = trunk.Baked(state["vectors"], state["bias"], state.get("types"), state.get("type_of_row"))
+    alone = trunk.Standalone(head, baked, user, tower if head.uses_text else None)
     alone.load_state_dict(state)
     return alone.eval()

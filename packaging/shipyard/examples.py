@@ -1,0 +1,164 @@
+"""Examples that models are judged on, and what a model says to them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from models import submodel, trunk
+from models.behaviour import Behaviour, Ints, View
+from models.config import Finetune
+from serve.errors import ShipyardError
+from shipyard import metrics
+from shipyard.finetune import load_vectors
+from shipyard.joint import Batches, Vectors, build_joint, request
+
+PLACES = 10
+"""Places of the ranking that the metric looks at."""
+
+RETURNED = 100
+"""Rows that a sub-model returns for each request."""
+
+BATCH = 128
+
+Scores = npt.NDArray[np.float64]
+Logits = npt.NDArray[np.float32]
+
+
+class Examples:
+    """The examples of one period, cut for each sub-model, at most `each` baskets of a user.
+
+    Those without a right answer are left out; of the rest at most `most` are taken, spread over all.
+    """
+
+    def __init__(self, behaviour: Behaviour, period: int, most: int, names: tuple[str, ...], each: int = 1) -> None:
+        self.behaviour, self.most = behaviour, most
+        self.baskets = behaviour.spread(period, each)
+        self.queries = behaviour.queries(self.baskets)
+        self.batches = Batches(behaviour, names)
+
+    def of(self, name: str) -> "Cut":
+        """Return the examples of a sub-model."""
+        kind, place = submodel.load(name).ANSWER, self.batches.place[name]
+        right = self.behaviour.answers(self.baskets, self.queries, place, kind)
+        answered = np.flatnonzero((right > 0).any(1))
+        if len(answered) < 20:
+            raise ShipyardError(
+                f"evaluate: {name}: too few examples with a right answer", value=len(answered), allowed="20 or more",
+                mend="raise households or test_examples of the profile in fleet.toml",
+            )  # fmt: skip
+        answered = answered[np.linspace(0, len(answered) - 1, min(self.most, len(answered))).astype(int)]
+        baskets, queries = self.baskets[answered], self.queries[answered]
+        return Cut(self.behaviour, self.batches, name, baskets, queries, right[answered])
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Examples of one sub-model: `baskets` [B], the paths `queries` [B] that are asked for, and the right answers
+    `relevant` [B, K] in the sub-model's rows, padded with 0."""
+
+    behaviour: Behaviour
+    batches: Batches
+    name: str
+    baskets: Ints
+    queries: Ints
+    relevant: Ints
+
+    def take(self, which: Ints) -> "Cut":
+        """Return some of the examples."""
+        return replace(self, baskets=self.baskets[which], queries=self.queries[which], relevant=self.relevant[which])
+
+    def views(self, size: int = BATCH) -> "list[tuple[slice, View]]":
+        """Return the examples in blocks, with where each lies."""
+        return [(part, self.view(part)) for part in _parts(len(self.baskets), size)]
+
+    def view(self, part: slice) -> View:
+        """Return some of the examples."""
+        level = self.batches.levels[self.name]
+        return self.behaviour.view(
+            self.baskets[part], self.queries[part], self.batches.place[self.name], offers=level == "product"
+        )
+
+    @cached_property
+    def owners(self) -> Ints:
+        """The users [B]."""
+        return self.behaviour.owner(self.baskets)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows that are ranked."""
+        return len(self.batches.rows[self.name])
+
+
+def _parts(n: int, size: int) -> list[slice]:
+    return [slice(k, min(k + size, n)) for k in range(0, n, size)]
+
+
+def top(scores: npt.NDArray[Any], places: int = PLACES) -> Ints:
+    """Return the rows of the highest scores [B, places], the highest first, ties by the lower row; row 0 is left out."""
+    ranked = np.empty((len(scores), min(places, scores.shape[1] - 1)), np.int64)
+    for line, each in zip(ranked, scores[:, 1:], strict=True):
+        # a partition alone takes any of those that tie for the last place, and many products share one text
+        least = np.partition(each, -len(line))[-len(line)]
+        above = np.flatnonzero(each > least)
+        tied = np.flatnonzero(each == least)[: len(line) - len(above)]
+        line[:] = np.r_[above[np.argsort(-each[above], kind="stable")], tied] + 1
+    return ranked
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a model says to examples: rows [B, 100] with their scores, and for the full ranking the places [B, K] of the
+    right answers, their log loss [B] and, where they were asked for, all scores [B, R]."""
+
+    ranked: Ints
+    scores: Logits
+    places: Scores
+    log_loss: Scores
+    logits: Logits | None
+
+
+def answer(
+    joint: trunk.Joint, cut: Cut, text: Tensor, report: Callable[[int], None] = lambda done: None, *, full: bool = True,
+    keep: bool = False,
+) -> Answered:  # fmt: skip
+    """Let the joint model answer examples whose queries' vectors are `text` [B, W]; without `full` the ranking alone."""
+    joint.eval()
+    ranked, scores, places, loss, logits = [], [], [], [], []
+    relevant = cut.relevant
+    with torch.inference_mode():
+        baked = joint.baked(cut.name)
+        for part, view in cut.views():
+            found: Logits = joint(cut.name, baked, request(view, text[part])).numpy()
+            rows = top(found, RETURNED)
+            ranked.append(rows)
+            scores.append(np.take_along_axis(found, rows, 1))
+            if full:
+                places.append(metrics.places(found, relevant[part]))
+                loss.append(metrics.softmax_log_loss(found, relevant[part]))
+            if keep:
+                logits.append(found[:, 1:])
+            report(part.stop)
+    none = np.zeros(0)
+    return Answered(
+        np.concatenate(ranked), np.concatenate(scores), np.concatenate(places) if full else none,
+        np.concatenate(loss) if full else none, np.concatenate(logits) if keep else None,
+    )  # fmt: skip
+
+
+def load_joint(
+    behaviour: Behaviour, folder: Path, config: Finetune, names: tuple[str, ...]
+) -> tuple[trunk.Joint, Vectors]:
+    """Read the fine-tuned joint model and its text vectors."""
+    vectors = load_vectors(folder, "after")
+    joint = build_joint(behaviour, vectors, config, names)
+    joint.load_state_dict(load_file(folder / "joint.safetensors"))
+    joint.eval()
+    return joint, vectors
