@@ -27,10 +27,10 @@ class Head(trunk.Head):
     def __init__(self, shape: trunk.Shape) -> None:
         super().__init__(shape)
         self.query = nn.Linear(shape.text_width, shape.dimension, bias=False)
-        self.scale = nn.Parameter(torch.tensor(10.0).log())
+        self.scale = nn.Parameter(torch.tensor(3.0).log())
         self.match = nn.Linear(shape.text_width, shape.text_width, bias=False)
         nn.init.eye_(self.match.weight)
-        self.match_scale = nn.Parameter(torch.tensor(30.0).log())
+        self.match_scale = nn.Parameter(torch.tensor(60.0).log())
 
     def start(self, project: nn.Linear) -> None:
         """Project queries as the table projects product texts."""

@@ -24,7 +24,9 @@ tower_batch = 8
 joint_steps = 4
 joint_batch = 8
 joint_sampled = 200
+validation_examples = 50
 test_examples = 100
+strong_baselines = false
 default_gate = { over_before = -1.0, over_baseline = -1.0 }
 """
 

@@ -109,7 +109,7 @@ def test_wrong_usage_ends_with_2(run, arguments):
 
 def test_an_unknown_profile_is_refused(run, project):
     said = error(run("data", "--profile", "huge", cwd=project))
-    assert "--profile: no such profile; value: 'huge'; allowed: quick, small" in said
+    assert "--profile: no such profile; value: 'huge'; allowed: quick, full, small" in said
 
 
 @pytest.mark.parametrize("verb", [("data",), ("release",), ("synth",), ("publish", "0.1.0-g000000000000")])

@@ -38,6 +38,7 @@ tower_batch = 64
 joint_steps = 600
 joint_batch = 128
 joint_sampled = 4000
+validation_examples = 500
 test_examples = 2000
 default_gate = {{ over_before = 0.01, over_baseline = -0.05 }}
 gate.search = {{ over_baseline = 0 }}

@@ -110,6 +110,7 @@ def sample(key, *artifacts):
         "profile": "small",
         "source": {"data": "sample", "base": "sample", "libraries": {}, **digests},
         "submodels": {},
+        "fusion": None,
         "artifacts": [part | {"attestation": attest(part["name"], part["manifest"], key)} for part in artifacts],
     }
 

@@ -1,4 +1,4 @@
-"""Figures and numeric code: against slow references, golden values and the engine itself."""
+"""First places, gates, int8 and zips: against slow references, golden values and the engine itself."""
 
 import math
 import os
@@ -14,58 +14,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from models.config import Gate, Profile
 from serve.errors import ShipyardError
-from serve.history import FEATURES, LIMIT, history, stack
 from shipyard.bundle import write_zip
-from shipyard.evaluate import PLACES, interval, ndcg, top
+from shipyard.examples import PLACES, top
 from shipyard.gates import hold
 from shipyard.quantise import LARGE, rows_to_int8, to_int8
-
-# --- nDCG ------------------------------------------------------------------------------------------------------------
-
-
-def slow_ndcg(ranked, relevant):
-    """nDCG@10 of one ranking, as the textbook writes it."""
-    right = {row for row in relevant if row != 0}
-    gained = sum(1 / math.log2(1 + place) for place, row in enumerate(ranked[:10], start=1) if row in right)
-    best = sum(1 / math.log2(1 + place) for place in range(1, min(len(right), 10) + 1))
-    return gained / best if best else 0.0
-
-
-@st.composite
-def rankings(draw):
-    """Rankings [B, P] of different rows and right answers [B, K], with padding anywhere."""
-    batch, places, width = draw(st.integers(1, 5)), draw(st.integers(1, 30)), draw(st.integers(1, 25))
-    rows = st.integers(1, 40)
-    ranked = [draw(st.lists(rows, min_size=places, max_size=places, unique=True)) for _ in range(batch)]
-    relevant = []
-    for _ in range(batch):
-        right = draw(st.lists(rows, max_size=width, unique=True))
-        relevant.append(draw(st.permutations(right + [0] * (width - len(right)))))
-    return np.array(ranked, np.int64), np.array(relevant, np.int64)
-
-
-@given(rankings())
-@settings(deadline=None)
-def test_ndcg_is_the_textbooks(case):
-    ranked, relevant = case
-    expected = [slow_ndcg(r, k) for r, k in zip(ranked.tolist(), relevant.tolist(), strict=True)]
-    np.testing.assert_allclose(ndcg(ranked, relevant), expected, atol=1e-12)
-
-
-def test_ndcg_of_known_rankings():
-    ranked = np.tile(np.arange(1, 13), (5, 1))
-    relevant = np.array([[1, 0], [2, 0], [2, 1], [11, 0], [0, 0]])
-    np.testing.assert_allclose(ndcg(ranked, relevant), [1, 1 / math.log2(3), 1, 0, 0], atol=1e-12)
-
-
-def test_ndcg_is_1_when_all_ten_places_are_right():
-    relevant = np.arange(1, 26)[None]
-    assert ndcg(np.arange(25, 0, -1)[None], relevant) == pytest.approx(1)
-
-
-def test_ndcg_takes_padding_in_a_ranking_for_no_hit():
-    assert ndcg(np.array([[0, 1]]), np.array([[0, 0, 2]])) == 0
-
 
 # --- the first ten ---------------------------------------------------------------------------------------------------
 
@@ -100,115 +52,6 @@ def test_padding_is_left_out_however_high_it_scores():
     np.testing.assert_array_equal(top(scores)[0], np.arange(20, 10, -1))
 
 
-# --- intervals -------------------------------------------------------------------------------------------------------
-
-
-@given(npst.arrays(np.float64, st.integers(2, 60), elements=st.floats(-1, 1)))
-@settings(deadline=None, max_examples=20)
-def test_an_interval_holds_the_mean_and_is_the_same_each_time(values):
-    found = interval(values)
-    assert found == interval(values.copy())
-    assert found["low"] <= found["high"]
-    assert values.min() - 1e-5 <= found["low"] and found["high"] <= values.max() + 1e-5
-    assert found["value"] == pytest.approx(values.mean(), abs=1e-5)
-
-
-def test_an_interval_is_as_wide_as_the_normal_one():
-    values = np.random.default_rng(0).normal(0.3, 0.1, 400)
-    found = interval(values)
-    assert found["low"] < values.mean() < found["high"]
-    half = 1.96 * values.std() / math.sqrt(400)
-    assert found["high"] - found["low"] == pytest.approx(2 * half, rel=0.1)
-
-
-def test_an_interval_of_equal_values_has_no_width():
-    assert interval(np.full(30, 0.25)) == {"value": 0.25, "low": 0.25, "high": 0.25}
-
-
-# --- histories -------------------------------------------------------------------------------------------------------
-
-
-def test_a_history_of_two_items_has_these_features():
-    """Item 5 was bought 2, 16 and 30 days ago, item 3 once, 7 days ago."""
-    items, features = history(np.array([5, 3, 5, 5]), np.array([16.0, 7.0, 2.0, 30.0]))
-    np.testing.assert_array_equal(items, [5, 3])
-    decayed = [sum(math.exp(-d / scale) for d in (2, 16, 30)) for scale in (14, 60)]
-    expected = [
-        [math.log(4), *(math.log(1 + d) for d in decayed), math.log(3), math.log(15), 2 / 14],
-        [math.log(2), math.log(1 + math.exp(-7 / 14)), math.log(1 + math.exp(-7 / 60)), math.log(8), 0, 0],
-    ]
-    np.testing.assert_allclose(features, expected, rtol=1e-6)
-    np.testing.assert_allclose(features[0], [1.386294, 0.834258, 1.205873, 1.098612, 2.708050, 0.142857], atol=1e-6)
-    assert len(FEATURES) == features.shape[1]
-
-
-def test_what_is_long_due_is_at_most_4():
-    _, features = history(np.array([1, 1]), np.array([100.0, 101.0]))
-    assert features[0, FEATURES.index("due")] == 4
-
-
-def test_an_empty_history_is_of_nothing():
-    items, features = history(np.array([], np.int64), np.array([], np.float64))
-    assert items.shape == (0,) and features.shape == (0, len(FEATURES))
-    assert items.dtype == np.int64 and features.dtype == np.float32
-
-
-events = st.lists(st.tuples(st.integers(1, 30), st.integers(0, 40)), max_size=80)
-
-
-def of(pairs, limit=LIMIT):
-    rows = np.array([row for row, _ in pairs], np.int64)
-    return history(rows, np.array([days / 2 for _, days in pairs], np.float64), limit)
-
-
-@given(events, st.randoms(use_true_random=False))
-@settings(deadline=None)
-def test_the_order_of_purchases_does_not_matter(pairs, random):
-    shuffled = list(pairs)
-    random.shuffle(shuffled)
-    (items, features), (again, others) = of(pairs), of(shuffled)
-    np.testing.assert_array_equal(items, again)
-    np.testing.assert_allclose(features, others, rtol=1e-6)
-
-
-@given(events, st.integers(1, 12))
-@settings(deadline=None)
-def test_a_history_is_the_most_recent_items_the_most_recent_first(pairs, limit):
-    items, features = of(pairs, limit)
-    last = {}
-    for row, days in pairs:
-        last[row] = min(days, last.get(row, days))
-    assert items.tolist() == sorted(last, key=lambda row: (last[row], row))[:limit]
-    recency = features[:, FEATURES.index("recency")]
-    assert (np.diff(recency) >= 0).all()
-    assert np.isfinite(features).all() and (features >= 0).all()
-
-
-@given(events, st.integers(1, 12))
-@settings(deadline=None)
-def test_a_limit_cuts_and_changes_nothing_else(pairs, limit):
-    items, features = of(pairs)
-    short, others = of(pairs, limit)
-    np.testing.assert_array_equal(items[:limit], short)
-    np.testing.assert_array_equal(features[:limit], others)
-
-
-def test_histories_are_padded_to_the_longest():
-    one, none, two = of([(4, 2)]), of([]), of([(9, 1), (8, 3)])
-    rows, features = stack([one, none, two])
-    np.testing.assert_array_equal(rows, [[4, 0], [0, 0], [9, 8]])
-    assert features.shape == (3, 2, len(FEATURES)) and features.dtype == np.float32
-    np.testing.assert_array_equal(features[0, 0], one[1][0])
-    np.testing.assert_array_equal(features[2], two[1])
-    assert not features[0, 1].any() and not features[1].any()
-
-
-def test_a_batch_of_empty_histories_has_one_place():
-    rows, features = stack([of([]), of([])])
-    assert rows.shape == (2, 1) and features.shape == (2, 1, len(FEATURES))
-    assert not rows.any() and not features.any()
-
-
 # --- gates -----------------------------------------------------------------------------------------------------------
 
 
@@ -220,6 +63,7 @@ def profile(default, **gates):
         joint_steps=1,
         joint_batch=2,
         joint_sampled=1,
+        validation_examples=20,
         test_examples=20,
         default_gate=Gate(over_before=default[0], over_baseline=default[1]),
         gate={name: Gate(over_before=gate[0], over_baseline=gate[1]) for name, gate in gates.items()},

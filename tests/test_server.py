@@ -24,8 +24,8 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from models.release import attest
 from serve.errors import ShipyardError
-from serve.history import FEATURES, LIMIT
-from serve.runtime import LONGEST_QUERY, MOST_HISTORY, SCHEMA, BadRequest, Model, open_bundle
+from serve.history import FEATURES, LIMIT, MOST_OFFERS, OFFER
+from serve.runtime import KINDS, LONGEST_QUERY, MOST_HISTORY, SCHEMA, BadRequest, Model, open_bundle
 from serve.server import LARGEST_BODY, MOST_REQUESTS
 from serve.trust import MANIFEST, key_id, sha256_file
 
@@ -37,8 +37,8 @@ GOOD = {"history": [{"product": PRODUCTS[4], "days_ago": 3.5}, {"product": PRODU
 # --- a small bundle --------------------------------------------------------------------------------------------------
 
 
-def write_graph(file, *, search=False):
-    """Write a graph with a real one's inputs and outputs: a bias, more for what was bought, still more for the query."""
+def write_graph(file, *, search=False, offers=True):
+    """Write a graph with a real one's inputs and outputs: a bias, more for purchases, for display and for the query."""
     bias = np.r_[-1e9, np.linspace(0.12, 0.01, ITEMS)].astype(np.float32)
     constants = {
         "bias": bias[None],
@@ -59,11 +59,21 @@ def write_graph(file, *, search=False):
         helper.make_tensor_value_info("features", TensorProto.FLOAT, ["B", "H", len(FEATURES)]),
     ]
     logits = "heard"
+    if offers:
+        inputs += [
+            helper.make_tensor_value_info("offers", TensorProto.INT64, ["B", "P"]),
+            helper.make_tensor_value_info("strengths", TensorProto.FLOAT, ["B", "P", len(OFFER)]),
+        ]
+        nodes += [
+            helper.make_node("Gather", ["strengths", "zero"], ["display"], axis=2),
+            helper.make_node("ScatterElements", ["heard", "offers", "display"], ["offered"], axis=1, reduction="add"),
+        ]
+        logits = "offered"
     if search:
         inputs += [helper.make_tensor_value_info(n, TensorProto.INT64, ["B", "L"]) for n in ("query_ids", "query_mask")]
         nodes += [
             helper.make_node("Cast", ["query_mask"], ["asked"], to=TensorProto.FLOAT),
-            helper.make_node("ScatterElements", ["heard", "query_ids", "asked"], ["met"], axis=1, reduction="add"),
+            helper.make_node("ScatterElements", [logits, "query_ids", "asked"], ["met"], axis=1, reduction="add"),
         ]
         logits = "met"
     nodes.append(helper.make_node("TopK", [logits, "returned"], ["scores", "rows"], axis=1))
@@ -111,10 +121,11 @@ class Bundle:
         (self.folder / MANIFEST).write_text(json.dumps(document))
 
 
-def make_bundle(folder, *, search=False):
+def make_bundle(folder, *, search=False, offers=True, level="product", catalogue=None):
     folder.mkdir(parents=True)
-    write_graph(folder / "model.onnx", search=search)
-    (folder / "products.json").write_text(json.dumps(PRODUCTS))
+    write_graph(folder / "model.onnx", search=search, offers=offers)
+    catalogue = catalogue or {"products": PRODUCTS, "rows": None, "answers": None}
+    (folder / "catalogue.json").write_text(json.dumps(catalogue))
     if search:
         write_tokenizer(folder / "tokenizer.json")
     name = "search" if search else "recommend"
@@ -123,11 +134,17 @@ def make_bundle(folder, *, search=False):
         "name": name,
         "task": name,
         "model": "model.onnx",
-        "products": "products.json",
+        "level": level,
+        "catalogue": "catalogue.json",
         "tokenizer": "tokenizer.json" if search else None,
         "max_tokens": 8,
-        "history": {"limit": LIMIT, "features": list(FEATURES)},
-        "inputs": ["items", "features", *(["query_ids", "query_mask"] if search else [])],
+        "history": {"limit": LIMIT, "features": list(FEATURES), "offer": list(OFFER)},
+        "inputs": [
+            *(["query_ids", "query_mask"] if search else []),
+            "items",
+            "features",
+            *(["offers", "strengths"] if offers else []),
+        ],
         "returned": ITEMS,
         "precision": "fp32",
         "engine": {"name": "onnxruntime", "minimum": "1.23", "ir_version": 10, "opset": 20},
@@ -135,7 +152,8 @@ def make_bundle(folder, *, search=False):
         "golden": [],
     }
     query = {"query": "milk"} if search else {}
-    requests = [{"history": []} | query, {"history": GOOD["history"]} | query]
+    events = [{"product": catalogue["products"][k], "days_ago": days} for k, days in ((4, 3.5), (0, 0))]
+    requests = [{"history": []} | query, {"history": events} | query]
     answers = Model(folder, document).predict(requests)
     document["golden"] = [{"request": r, "answer": a} for r, a in zip(requests, answers, strict=True)]
     document["files"] = [
@@ -251,7 +269,7 @@ def test_unknown_products_are_listed_and_change_nothing(server):
     strange = [{"product": p, "days_ago": 1} for p in (5, -3, 10**30, 5)]
     status, answer = server.predict(GOOD | {"history": GOOD["history"] + strange})
     assert status == 200
-    assert answer == known | {"unknown": [-3, 5, 10**30]}
+    assert answer == known | {"unknown": [5, -3, 10**30]}
 
 
 def test_a_request_without_anything_gets_ten_products(server):
@@ -363,7 +381,6 @@ BODIES = {
     "a purchase without product": '{"history": [{"days_ago": 1}]}',
     "a purchase with more": '{"history": [{"product": 1007, "days_ago": 1, "price": 2}]}',
     "too long a history": json.dumps({"history": [{"product": 1007, "days_ago": 1}] * (MOST_HISTORY + 1)}),
-    "product a string": event(product='"1007"'),
     "product a float": event(product="1007.0"),
     "product true": event(product="true"),
     "product null": event(product="null"),
@@ -378,6 +395,35 @@ BODIES = {
     "days of 5,000 digits": event(days="9" * 5000),
     "days a string": event(days='"1"'),
     "days false": event(days="false"),
+    "kind unknown": '{"history": [{"product": 1007, "days_ago": 1, "kind": "return"}]}',
+    "kind in Chinese": '{"history": [{"product": 1007, "days_ago": 1, "kind": "购买"}]}',
+    "kind in capitals": '{"history": [{"product": 1007, "days_ago": 1, "kind": "Purchase"}]}',
+    "kind null": '{"history": [{"product": 1007, "days_ago": 1, "kind": null}]}',
+    "kind a number": '{"history": [{"product": 1007, "days_ago": 1, "kind": 0}]}',
+    "kind a list": '{"history": [{"product": 1007, "days_ago": 1, "kind": ["purchase"]}]}',
+    "offers a string": '{"offers": "1007"}',
+    "offers an object": '{"offers": {"product": 1007}}',
+    "offers null": '{"offers": null}',
+    "offers true": '{"offers": true}',
+    "an offer of a number": '{"offers": [1007]}',
+    "an offer of a list": '{"offers": [[1007, 1]]}',
+    "an offer without product": '{"offers": [{"display": 1}]}',
+    "an offer with more": '{"offers": [{"product": 1007, "price": 1}]}',
+    "an offer of a product null": '{"offers": [{"product": null}]}',
+    "an offer of a product true": '{"offers": [{"product": true}]}',
+    "an offer of a product that is a float": '{"offers": [{"product": 1007.0}]}',
+    "an offer of a product that is an object": '{"offers": [{"product": {"id": 1007}}]}',
+    "display negative": '{"offers": [{"product": 1007, "display": -0.01}]}',
+    "mailer above 1": '{"offers": [{"product": 1007, "mailer": 1.01}]}',
+    "discount in percent": '{"offers": [{"product": 1007, "discount": 25}]}',
+    "discount NaN": '{"offers": [{"product": 1007, "discount": NaN}]}',
+    "discount Infinity": '{"offers": [{"product": 1007, "discount": Infinity}]}',
+    "display true": '{"offers": [{"product": 1007, "display": true}]}',
+    "display a string": '{"offers": [{"product": 1007, "display": "1"}]}',
+    "display null": '{"offers": [{"product": 1007, "display": null}]}',
+    "display of 4,000 digits": '{"offers": [{"product": 1007, "display": ' + "9" * 4000 + "}]}",
+    "the second offer wrong": '{"offers": [{"product": 1007}, {"product": 1014, "display": 2}]}',
+    "too many offers": json.dumps({"offers": [{"product": 1007}] * (MOST_OFFERS + 1)}),
     "k 0": '{"k": 0}',
     "k negative": '{"k": -1}',
     "k too large": f'{{"k": {ITEMS + 1}}}',
@@ -593,7 +639,7 @@ def test_a_golden_product_that_is_not_found_is_refused(own_bundle):
 
 
 def test_another_schema_is_refused(own_bundle):
-    own_bundle.rewrite(lambda document: document.update(schema="shipyard.bundle/2"))
+    own_bundle.rewrite(lambda document: document.update(schema="shipyard.bundle/1"))
     assert "schema is not known" in refused(own_bundle)
 
 
@@ -626,16 +672,157 @@ def test_a_golden_answer_may_differ_by_rounding(own_bundle):
 
     own_bundle.rewrite(change)
     model = open_bundle(own_bundle.folder, own_bundle.name, own_bundle.attestation, own_bundle.keys)
-    assert model.products == PRODUCTS
+    assert model.answers == PRODUCTS
+
+
+BARE = 0.12 - 0.01 * np.arange(ITEMS)
+"""Scores of the products of a request that says nothing."""
+
+
+def scores_of(model, request):
+    [answer] = model.predict([{"k": ITEMS} | request])
+    return {found[model.answer_key]: found["score"] for found in answer[f"{model.answer_key}s"]}
+
+
+@pytest.fixture(scope="module")
+def model(bundle):
+    return Model(bundle.folder, json.loads((bundle.folder / MANIFEST).read_text()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_look_is_no_purchase(model, kind):
+    told = scores_of(model, {"history": [{"product": PRODUCTS[3], "days_ago": 2, "kind": kind}]})
+    assert told[PRODUCTS[3]] == pytest.approx(BARE[3] + (np.log(2) if kind == "purchase" else 0), abs=1e-6)
+    features = model.encode([{"history": [{"product": PRODUCTS[3], "days_ago": 2, "kind": kind}]}])["features"][0, 0]
+    looked = features[FEATURES.index("looks")]
+    assert looked == pytest.approx(0 if kind == "purchase" else np.log1p(np.exp(-2 / 14)))
+
+
+def test_an_event_without_a_kind_is_a_purchase(model):
+    history = [{"product": PRODUCTS[3], "days_ago": 2}]
+    named = [{"product": PRODUCTS[3], "days_ago": 2, "kind": "purchase"}]
+    assert scores_of(model, {"history": history}) == scores_of(model, {"history": named})
+
+
+def test_an_offer_lifts_its_product_alone(model):
+    told = scores_of(model, {"offers": [{"product": PRODUCTS[7], "display": 0.5, "mailer": 1}]})
+    expected = dict(zip(PRODUCTS, BARE, strict=True)) | {PRODUCTS[7]: BARE[7] + 0.5}
+    assert told == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_an_offer_does_not_say_is_0(model):
+    inputs = model.encode([{"offers": [{"product": PRODUCTS[2]}, {"product": PRODUCTS[1], "discount": 1}]}, {}])
+    np.testing.assert_array_equal(inputs["offers"], [[2, 3], [0, 0]])
+    np.testing.assert_array_equal(inputs["strengths"], [[[0, 0, 1], [0, 0, 0]], np.zeros((2, 3))])
+
+
+@pytest.mark.parametrize("more", [[], [{"product": "nothing of ours", "display": 1}, {"product": -1, "display": 1}]])
+def test_an_offer_named_twice_is_one_offer(model, more):
+    """The last one holds; what the model does not have counts nothing."""
+    twice = [{"product": PRODUCTS[5], "display": display} for display in (1, 0.25)]
+    told = scores_of(model, {"offers": twice + more})
+    assert told[PRODUCTS[5]] == pytest.approx(BARE[5] + 0.25, abs=1e-6)
+    assert model.encode([{"offers": twice + more}])["offers"].tolist() == [[6]]
+
+
+def test_an_offer_of_an_item_of_the_history_is_told_with_it(model):
+    history = [{"product": PRODUCTS[3], "days_ago": 2}, {"product": PRODUCTS[8], "days_ago": 2}]
+    offers = [{"product": PRODUCTS[8], "display": 1, "mailer": 0.5, "discount": 0.25}]
+    told = model.encode([{"history": history, "offers": offers}])["features"][0, :, -len(OFFER) :]
+    np.testing.assert_array_equal(told, [[0, 0, 0], [1, 0.5, 0.25]])
+
+
+def test_the_order_of_events_and_offers_does_not_matter(model):
+    rng = np.random.default_rng(5)
+    events = [
+        {"product": int(product), "days_ago": int(days), "kind": str(kind)}
+        for product, days, kind in zip(
+            rng.choice(PRODUCTS, 30), rng.integers(0, 40, 30), rng.choice(KINDS, 30), strict=True
+        )
+    ]
+    offers = [{"product": product, "display": 0.1} for product in PRODUCTS[::2]]
+    forward = scores_of(model, {"history": events, "offers": offers})
+    assert scores_of(model, {"history": events[::-1], "offers": offers[::-1]}) == pytest.approx(forward, abs=1e-6)
+
+
+IDS = ["牛奶", "牛奶 ", "7", 7, "", "😀", "é", "e\u0301", "a/b", "x" * 500, -1, 10**30]
+"""Ids that are easily taken for each other."""
+
+
+@pytest.fixture(scope="module")
+def of_text(tmp_path_factory):
+    catalogue = {"products": IDS, "rows": None, "answers": None}
+    made = make_bundle(tmp_path_factory.mktemp("text") / "bundle", catalogue=catalogue)
+    return open_bundle(made.folder, made.name, made.attestation, made.keys)
+
+
+@pytest.mark.parametrize("k", range(len(IDS)), ids=lambda k: repr(IDS[k])[:20])
+def test_an_id_may_be_any_text(of_text, k):
+    told = scores_of(of_text, {"history": [{"product": IDS[k], "days_ago": 1}]})
+    rise = [told[product] - bare for product, bare in zip(IDS, BARE, strict=True)]
+    assert rise == pytest.approx(np.log(2) * (np.arange(ITEMS) == k), abs=1e-6)
+    [answer] = of_text.predict([{"history": [{"product": IDS[k], "days_ago": 1}]}])
+    assert answer["unknown"] == []
+
+
+def test_a_text_is_no_number(of_text):
+    events = [{"product": product, "days_ago": 1} for product in ("-1", "牛", "07", 70, "\ud800")]
+    [answer] = of_text.predict([{"history": events}])
+    assert answer["unknown"] == ["-1", "牛", "07", 70, "\ud800"]
+    assert [p["product"] for p in answer["products"]] == IDS[:10]
+
+
+def test_an_id_that_is_half_a_character_can_be_answered(server):
+    status, answer = server.predict({"history": [{"product": "\ud800", "days_ago": 1}]})
+    assert (status, answer["unknown"]) == (200, ["\ud800"])
+
+
+@pytest.fixture(scope="module")
+def types(tmp_path_factory):
+    """A bundle that ranks types: the first three products have one, the last two types have no product."""
+    answers = [f"类 {row}" for row in range(1, ITEMS + 1)]
+    catalogue = {"products": PRODUCTS, "rows": [1, 1, 1, *range(2, 11)], "answers": answers}
+    folder = tmp_path_factory.mktemp("types") / "bundle"
+    return make_bundle(folder, offers=False, level="type", catalogue=catalogue)
+
+
+@pytest.fixture(scope="module")
+def of_types(types):
+    return open_bundle(types.folder, types.name, types.attestation, types.keys)
+
+
+def test_a_model_of_types_answers_with_types(of_types):
+    [answer] = of_types.predict([{"k": 2}])
+    assert answer == {"types": [{"type": "类 1", "score": 0.12}, {"type": "类 2", "score": 0.11}], "unknown": []}
+
+
+def test_purchases_of_one_type_are_told_together(of_types):
+    history = [{"product": PRODUCTS[k], "days_ago": 3} for k in (0, 1, 2, 4)] + [{"product": 1, "days_ago": 3}]
+    told = scores_of(of_types, {"history": history})
+    assert told["类 1"] == pytest.approx(0.12 + np.log(4), abs=1e-5)
+    assert told["类 3"] == pytest.approx(0.10 + np.log(2), abs=1e-5)
+    assert of_types.predict([{"history": history}])[0]["unknown"] == [1]
+
+
+def test_a_model_of_types_takes_no_offers(of_types):
+    with pytest.raises(BadRequest, match="unknown key"):
+        of_types.predict([{"offers": []}])
+
+
+def test_a_golden_type_that_differs_is_refused(types):
+    manifest = json.loads((types.folder / MANIFEST).read_text())
+    manifest["golden"][1]["answer"]["types"][0]["score"] += 0.01
+    with pytest.raises(ShipyardError, match="golden answer 1 differs for type 类"):
+        Model(types.folder, manifest).self_test()
 
 
 def test_the_bundle_is_verified_before_anything_of_it_is_opened(own_bundle):
-    (own_bundle.folder / "products.json").write_text("{")
+    (own_bundle.folder / "catalogue.json").write_text("{")
     with pytest.raises(ShipyardError, match="digest differs"):
         open_bundle(own_bundle.folder, own_bundle.name, own_bundle.attestation, own_bundle.keys)
 
 
 def test_the_server_writes_nothing_into_its_bundle(bundle, server):
     names = {path.name for path in bundle.folder.rglob("*")}
-    assert names == {MANIFEST, "model.onnx", "products.json"}
+    assert names == {MANIFEST, "model.onnx", "catalogue.json"}
     assert os.access(bundle.folder, os.R_OK)

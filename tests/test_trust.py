@@ -67,12 +67,16 @@ def sample_body(key, *, after=0.3, content="1"):
     score = {
         "metric": "nDCG@10",
         "examples": 200,
+        "households": 180,
         "baseline_name": "popular",
         "baseline": interval(0.25),
         "before": interval(0.2),
         "after": interval(after),
         "over_baseline": interval(0.05),
         "over_before": interval(0.1),
+        "relative": interval(0.2),
+        "metrics": {"ndcg@10": interval(after)},
+        "calibration": {"method": "platt", "x": [1.0], "y": [-2.0]},
     }
     form = {"precision": "int8", "bytes": 10**6, "parity": 1e-3, "order": 0.99, "loss": 0.0, "latency_ms": 2.5}
     return {
@@ -89,11 +93,24 @@ def sample_body(key, *, after=0.3, content="1"):
             "recommend": {
                 "target": "cpu",
                 "task": "recommend",
+                "level": "product",
                 "parameters_own": 10,
                 "parameters_shared": 20,
+                "bytes_own": 40,
+                "bytes_shared": 80,
                 "score": score,
                 "formats": [form | {"precision": "fp32"}, form],
             }
+        },
+        "fusion": {
+            "method": "weighted",
+            "sources": ["search", "recommend"],
+            "parameters": {"weights": [0.7, 0.3]},
+            "examples": 200,
+            "best_single_name": "search",
+            "best_single": interval(0.4),
+            "fused": interval(0.45),
+            "over_best_single": interval(0.05),
         },
         "artifacts": [sample_artifact("recommend", key, content), sample_artifact("edge-model", key, content)],
     }

@@ -22,7 +22,7 @@ from shipyard.upload import FolderStore, open_store, upload
 from tests.test_trust import sample_body, write_release
 
 BUCKET = "shipyard-test"
-CONTENTS = {"model.onnx": b"\0weights\xff" * 1000, "products.json": b"[1, 2]", "serve/server.py": b"pass\n"}
+CONTENTS = {"model.onnx": b"\0weights\xff" * 1000, "catalogue.json": b"{}", "serve/server.py": b"pass\n"}
 
 
 # --- stores ----------------------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def test_an_interrupted_upload_goes_on(place, artifact, tmp_path):
         upload(place.store, artifact, tmp_path / "bundle", interrupt)
     assert list(place.contents()) == [artifact["key"] + "model.onnx"]
     sent = upload(place.store, artifact, tmp_path / "bundle", quiet)
-    assert sent == len(CONTENTS["products.json"]) + len(CONTENTS["serve/server.py"])
+    assert sent == len(CONTENTS["catalogue.json"]) + len(CONTENTS["serve/server.py"])
     assert len(place.contents()) == len(CONTENTS)
 
 
@@ -157,7 +157,7 @@ def test_progress_tells_the_artifact_and_ends_with_all(artifact, tmp_path):
 
 def test_another_content_under_the_key_is_refused_and_kept(place, artifact, tmp_path):
     upload(place.store, artifact, tmp_path / "bundle", quiet)
-    key = artifact["key"] + "products.json"
+    key = artifact["key"] + "catalogue.json"
     place.replace(key, b"[6, 6, 6]")
     with pytest.raises(ShipyardError) as fault:
         upload(place.store, artifact, tmp_path / "bundle", quiet)
@@ -168,11 +168,11 @@ def test_another_content_under_the_key_is_refused_and_kept(place, artifact, tmp_
 
 @pytest.mark.parametrize("change", [lambda p: p.write_bytes(b"[1, 3]"), lambda p: p.unlink()], ids=["other", "gone"])
 def test_a_changed_local_file_is_refused_before_it_is_sent(place, artifact, tmp_path, change):
-    change(tmp_path / "bundle" / "products.json")
+    change(tmp_path / "bundle" / "catalogue.json")
     with pytest.raises(ShipyardError) as fault:
         upload(place.store, artifact, tmp_path / "bundle", quiet)
-    assert "products.json: not the file of the release" in str(fault.value)
-    assert artifact["key"] + "products.json" not in place.contents()
+    assert "catalogue.json: not the file of the release" in str(fault.value)
+    assert artifact["key"] + "catalogue.json" not in place.contents()
 
 
 def test_an_object_without_a_checksum_is_not_taken_for_the_artifacts(s3, artifact, tmp_path):

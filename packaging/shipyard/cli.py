@@ -14,7 +14,7 @@ from models.config import Fleet, load_fleet
 from models.release import Release, read_release
 from serve.errors import ShipyardError
 from serve.trust import load_keys
-from shipyard.console import Reporter, print_release, release_markdown
+from shipyard.console import Reporter, print_release, print_stage, release_markdown
 from shipyard.keys import signing_key
 from shipyard.publish import publish
 from shipyard.release import VERBS, Line, release
@@ -168,7 +168,8 @@ def _make(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, rep
     if chosen.verb != "release":
         records = line.until(chosen.verb)
         said = {unit: record.said for unit, record in records.items()}
-        print(json.dumps(said, ensure_ascii=False, indent=None if chosen.json else 2))
+        if chosen.json or not print_stage(chosen.verb, said):
+            print(json.dumps(said, ensure_ascii=False, indent=None if chosen.json else 2))
         return 0
     home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     key_file = chosen.key or home / "shipyard" / "signing.pem"

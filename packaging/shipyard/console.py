@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -132,3 +132,80 @@ def print_release(release: Release) -> None:
         console.print(told, soft_wrap=True)
     for artifact in release.artifacts:
         console.print(f"  {artifact.bytes / 1e6:8.1f} MB  {artifact.kind:18}  {artifact.key}", soft_wrap=True)
+
+
+def print_stage(verb: str, said: Mapping[str, Any]) -> bool:
+    """Print what a stage noted as a table on standard output; return False where it has none."""
+    lines = {"data": _data_lines, "evaluate": _score_lines, "split": _split_lines}.get(verb)
+    if lines is None:
+        return False
+    for title, columns, rows in lines(said):
+        table = Table(*columns, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        Console(highlight=False, width=None if sys.stdout.isatty() else 176).print(table)
+    return True
+
+
+Lines = list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]
+
+
+def _data_lines(said: Mapping[str, Any]) -> Lines:
+    """Return the rules of cleaning with what each took, and the counts of each period."""
+    report, counts = said["joint"]["report"], said["joint"]["counts"]
+    rules: list[tuple[str, ...]] = [
+        (r["table"], r["rule"], f"{r['lines']:,}", f"{r['of']:,}", r["note"]) for r in report
+    ]
+    periods = {name: found for name, found in counts.items() if isinstance(found, Mapping)}
+    kinds = sorted({kind for found in periods.values() for kind in found})
+    rows: list[tuple[str, ...]] = [
+        (name, *(f"{found.get(kind, 0):,}" for kind in kinds)) for name, found in periods.items()
+    ]
+    rows += [(name, f"{found:,}") for name, found in counts.items() if isinstance(found, int)]
+    return [
+        ("Cleaning", ("table", "rule", "lines", "of", "note"), rules),
+        ("Counts", ("", *kinds), rows),
+    ]
+
+
+def _score_lines(said: Mapping[str, Any]) -> Lines:
+    """Return each sub-model's figures on the test period."""
+
+    def told(found: Mapping[str, float] | None, signed: bool = False) -> str:
+        if found is None:
+            return ""
+        sign = "+" if signed else ""
+        return f"{found['value']:{sign}.3f} [{found['low']:{sign}.3f}, {found['high']:{sign}.3f}]"
+
+    rows: list[tuple[str, ...]] = []
+    kinds: list[tuple[str, ...]] = []
+    for name, score in said["joint"]["submodels"].items():
+        rows.append(
+            (
+                name, f"{score['examples']} of {score['households']}", score["baseline_name"], told(score["baseline"]),
+                told(score["before"]), told(score["after"]), told(score["over_baseline"], True),
+            )
+        )  # fmt: skip
+        for group in ("kinds", "queries"):
+            for kind, found in score.get(group, {}).items():
+                rival = "baseline" if group == "kinds" else "BM25"
+                if "after" in found:
+                    kinds.append((name, kind, str(found["examples"]), told(found[rival]), told(found["after"])))
+    return [
+        ("nDCG@10 on the test period, 95 % intervals over households",
+         ("sub-model", "of households", "strongest baseline", "baseline", "before", "after", "over baseline"), rows),
+        ("The same, apart", ("sub-model", "of what", "examples", "baseline or BM25", "after"), kinds),
+    ]  # fmt: skip
+
+
+def _split_lines(said: Mapping[str, Any]) -> Lines:
+    """Return parameters and bytes of each stand-alone sub-model."""
+    rows: list[tuple[str, ...]] = [
+        (
+            name, f"{cut['rows']:,}", f"{cut['parameters_own']:,}", f"{cut['bytes_own'] / 1e6:.2f}",
+            f"{cut['parameters_shared']:,}", f"{cut['bytes_shared'] / 1e6:.2f}", f"{cut['error']:.0e}",
+        )
+        for name, cut in said.items()
+    ]  # fmt: skip
+    columns = ("sub-model", "rows", "own parameters", "MB", "of the trunk", "MB", "difference from the joint model")
+    return [("Stand-alone sub-models in fp32", columns, rows)]

@@ -18,7 +18,7 @@ from models.config import Finetune
 from serve.errors import ShipyardError
 from shipyard import metrics
 from shipyard.finetune import load_vectors
-from shipyard.joint import Batches, Vectors, build_joint, request
+from shipyard.joint import Batches, Vectors, build_joint, request, spread
 
 PLACES = 10
 """Places of the ranking that the metric looks at."""
@@ -54,7 +54,7 @@ class Examples:
                 f"evaluate: {name}: too few examples with a right answer", value=len(answered), allowed="20 or more",
                 mend="raise households or test_examples of the profile in fleet.toml",
             )  # fmt: skip
-        answered = answered[np.linspace(0, len(answered) - 1, min(self.most, len(answered))).astype(int)]
+        answered = spread(answered, self.most)
         baskets, queries = self.baskets[answered], self.queries[answered]
         return Cut(self.behaviour, self.batches, name, baskets, queries, right[answered])
 

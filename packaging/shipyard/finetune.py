@@ -18,11 +18,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from models import submodel, trunk
-from models.behaviour import LEVELS, Behaviour, load_behaviour
+from models.behaviour import LEVELS, VALIDATION, Behaviour, load_behaviour
 from models.config import Finetune, Profile
 from serve.errors import ShipyardError
 from serve.trust import sha256_file
-from shipyard.joint import Vectors, build_joint, train_joint
+from shipyard.balance import balance
+from shipyard.joint import Batches, Vectors, build_joint, spread, train_joint
 from shipyard.queries import blur
 from shipyard.tower import encode, pretrain, train_tower
 from shipyard.train import Progress
@@ -72,6 +73,8 @@ def finetune(
         )  # fmt: skip
     joint = build_joint(behaviour, after, config, tuple(weights))
     record["joint"] = train_joint(joint, behaviour, after, config, profile, weights, out, progress)
+    held = spread(behaviour.spread(VALIDATION, 1), profile.validation_examples)
+    record["balance"] = balance(joint, Batches(behaviour, weights), after, held, progress)
     _save(out / "joint.safetensors", joint.state_dict())
     (out / "joint.checkpoint.pt").unlink(missing_ok=True)
     record["parts"] = parts(joint, out)

@@ -24,7 +24,7 @@ RATES = {
     "project": 2e-4,
     "identity": 5e-3,
     "bias": 5e-3,
-    "repeat": 5e-3,
+    "repeat": 1e-2,
     "offers": 5e-3,
     "scale": 1e-2,
     "match_scale": 1e-2,
@@ -236,6 +236,11 @@ def _check_teacher(name: str, teacher: str | None, batches: Batches) -> None:
         )  # fmt: skip
 
 
+def spread(baskets: Ints, most: int) -> Ints:
+    """Return at most that many baskets, spread over all."""
+    return baskets[np.linspace(0, len(baskets) - 1, min(most, len(baskets))).astype(int)]
+
+
 def train_joint(
     joint: trunk.Joint,
     behaviour: Behaviour,
@@ -250,7 +255,7 @@ def train_joint(
     trainer = Trainer(joint, behaviour, vectors, weights)
     baskets = behaviour.baskets(TRAIN, fewest=10)
     trainer.prepare(np.random.default_rng([config.seed, 3]).choice(baskets, min(512, len(baskets)), replace=False))
-    held = behaviour.spread(VALIDATION, 1)[: profile.validation_examples]
+    held = spread(behaviour.spread(VALIDATION, 1), profile.validation_examples)
     rng = np.random.default_rng(config.seed)
     fixed = [trainer.draw(part, 20_000, rng) for part in np.array_split(held, max(1, len(held) // 128))]
 

@@ -4,8 +4,6 @@ docs/data.md tells it for users. A table comes as a relation of the source's own
 value is checked by one scan of DuckDB, and the first row at fault is named. Only then is the table loaded.
 """
 
-# ruff: noqa: S608 - queries are made of the columns of its own tables
-
 import csv
 import difflib
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """Sources of behaviour data: each becomes the tables of shipyard.schema, empty where the source has none."""
 
-# ruff: noqa: S608 - queries are made of its own constants
-
 import hashlib
 import importlib.resources
 from collections.abc import Callable, Mapping
