@@ -6,7 +6,7 @@ SHIPYARD := $(BIN)/shipyard
 export JSII_SILENCE_WARNING_END_OF_LIFE_NODE_VERSION ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help setup release synth test lint clean
+.PHONY: help setup release report compare synth test lint clean
 
 help: ## list the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,12 @@ node_modules/.complete: package-lock.json
 
 release: setup ## the main job: data to signed release and synthesized stacks (PROFILE=quick)
 	$(SHIPYARD) release --profile $(PROFILE)
+
+report: setup ## the figures of a profile as one page, build/PROFILE/report.html (PROFILE=quick)
+	$(SHIPYARD) report --profile $(PROFILE)
+
+compare: setup ## LoRA, AdaLoRA and full fine-tuning side by side on validation (PROFILE=quick)
+	$(SHIPYARD) compare --profile $(PROFILE)
 
 synth: setup ## synthesize every environment of fleet.toml into cdk.out/
 	$(SHIPYARD) synth

@@ -32,13 +32,16 @@ Level = Literal["product", "type", "category"]
 
 LEVELS: tuple[Level, ...] = ("product", "type", "category")
 
+DAYS = 100_000.0
+"""More days than any data spans."""
+
 
 @dataclass(frozen=True)
 class View:
     """A batch as one sub-model sees it, in the rows that it ranks; row 0 is padding.
 
     `items` [B, H] and `features` [B, H, F] are histories, `offers` [B, P] promoted rows with `strengths` [B, P, 3], `bought`
-    [B, K] the answer, `asked` [B, K] those of it that answer the query.
+    [B, K] the answer, `asked` [B, K] those of it that answer the query, with `gains` [B, K] where a log grades them.
     """
 
     items: Ints
@@ -47,6 +50,7 @@ class View:
     strengths: Floats
     bought: Ints
     asked: Ints
+    gains: Floats | None = None
 
     def answer(self, kind: Answer) -> Ints:
         """Return the right answers [B, K]."""
@@ -105,14 +109,36 @@ class Market:
 class Searches:
     """A log of searches with graded answers, one line an answer, sorted by query: `query` [L] counts from 0.
 
-    `text` [Q] are the queries, `period` [Q] their periods, `row` [L] products, `gain` [L] from 0 to 1.
+    `text` [Q] are the queries, with `period`, `user` (-1 for none) and `day` (NaN for none) [Q]; `row` [L] products, `gain`
+    [L] from 0 to 1.
     """
 
     text: list[str]
     period: Ints
+    user: Ints
+    day: npt.NDArray[np.float64]
     query: Ints
     row: Ints
     gain: Floats
+
+    def of(self, period: int) -> Ints:
+        """Return the queries of a period that have a right answer."""
+        right = np.bincount(self.query, self.gain > 0, len(self.text)) > 0
+        return np.flatnonzero((self.period == period) & right)
+
+    def answers(self, queries: Ints) -> tuple[list[Ints], list[Floats]]:
+        """Return the right rows of each query, sorted, each once, and their gains."""
+        start = np.searchsorted(self.query, np.arange(len(self.text) + 1))
+        rows, gains = [], []
+        for query in queries.tolist():
+            part = slice(start[query], start[query + 1])
+            kept = self.gain[part] > 0
+            found, where = np.unique(self.row[part][kept], return_inverse=True)
+            best = np.zeros(len(found), np.float32)
+            np.maximum.at(best, where, self.gain[part][kept])
+            rows.append(found)
+            gains.append(best)
+        return rows, gains
 
 
 @dataclass(frozen=True)
@@ -206,7 +232,9 @@ class Behaviour:
         `queries` [B] are paths. Without `offers` none is told, for a level whose rows are not products.
         """
         rows, strengths = self._offers(baskets, place) if offers else _none(len(baskets))
-        items, features = histories(self._past(baskets, place), len(baskets), rows, strengths)
+        born, start = self.born[baskets], self.start[baskets]
+        past = self._past(born, start, self.day[start], place)
+        items, features = histories(past, len(baskets), rows, strengths)
         bought, asked = (self.answers(baskets, queries, place, kind) for kind in get_args(Answer))
         return View(items, features, rows, strengths, bought, asked)
 
@@ -219,14 +247,39 @@ class Behaviour:
             found.append(rows[rows > 0])
         return pad(found)
 
-    def _past(self, baskets: Ints, place: Ints) -> Past:
-        born, start = self.born[baskets], self.start[baskets]
+    def log_view(self, queries: Ints, place: Ints) -> View:
+        """Return the searches `queries` [B] of the log as examples, with the history of those whose user is known.
+
+        A log names no place, so that no offer is told.
+        """
+        user, day = self.searches.user[queries], np.nan_to_num(self.searches.day[queries])
+        # events are sorted by user and day
+        key, span = self.user * DAYS + self.day, np.minimum(day, DAYS - 1)
+        known = (user >= 0) & ~np.isnan(self.searches.day[queries])
+        born = np.where(known, np.searchsorted(self.user, user), 0)
+        start = np.where(known, np.searchsorted(key, user * DAYS + span), 0)
+        rows, strengths = _none(len(queries))
+        items, features = histories(self._past(born, start, day, place), len(queries), rows, strengths)
+        right, gains = self.log_answers(queries, place)
+        return View(items, features, rows, strengths, right, right, gains)
+
+    def log_answers(self, queries: Ints, place: Ints) -> tuple[Ints, Floats]:
+        """Return the right answers [B, K] to searches of the log, renumbered as by `view`, with their gains [B, K]."""
+        rows, gains = self.searches.answers(queries)
+        kept = [place[found] > 0 for found in rows]
+        right = pad([place[found][k] for found, k in zip(rows, kept, strict=True)])
+        worth = np.zeros(right.shape, np.float32)
+        worth[right > 0] = np.concatenate([gain[k] for gain, k in zip(gains, kept, strict=True)])
+        return right, worth
+
+    def _past(self, born: Ints, start: Ints, day: npt.NDArray[np.float64], place: Ints) -> Past:
+        """Return the events from `born` [B] up to `start` [B], seen from `day` [B]."""
         sizes = start - born
-        owner = np.repeat(np.arange(len(baskets)), sizes)
+        owner = np.repeat(np.arange(len(born)), sizes)
         at = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes) + np.repeat(born, sizes)
         rows = place[self.row[at]]
         kept = rows > 0
-        days = np.repeat(self.day[start], sizes) - self.day[at]
+        days = np.repeat(day, sizes) - self.day[at]
         return Past(owner[kept], rows[kept], days[kept], self.bought[at][kept])
 
     def _offers(self, baskets: Ints, place: Ints) -> tuple[Ints, Floats]:
@@ -329,6 +382,8 @@ def _searches(folder: Path) -> Searches:
     return Searches(
         text=lines["query"][order][first].tolist(),
         period=period[order][first],
+        user=lines["user"][order][first],
+        day=lines["day"][order][first].astype(np.float64),
         query=query.astype(np.int64),
         row=lines["row"][order],
         gain=lines["gain"][order].astype(np.float32),

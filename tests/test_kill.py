@@ -9,7 +9,7 @@ from pathlib import Path
 from conftest import ROOT, shipyard
 
 STAGES = ("data joint", "finetune joint", "evaluate joint", "split search", "export search", "quantise search",
-          "bundle search")  # fmt: skip
+          "bundle search", "split intent")  # fmt: skip
 
 
 def kill_in(stage: str, arguments: list[str], config: Path) -> list[str]:

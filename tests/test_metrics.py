@@ -253,7 +253,7 @@ def test_a_table_that_is_gathered_from_too_is_kept_once_and_in_int8(table):
 
 @pytest.mark.parametrize(
     ("shape", "attributes"),
-    [((WIDTH, ROWS - 1), {}), ((WIDTH, ROWS), {"alpha": 0.5}), ((WIDTH + 1, ROWS), {})],
+    [((WIDTH, LARGE // WIDTH - 1), {}), ((WIDTH, ROWS), {"alpha": 0.5}), ((WIDTH + 1, ROWS), {})],
     ids=["small", "scaled", "odd"],
 )
 def test_what_is_not_worth_it_or_cannot_be_is_left_as_it_was(shape, attributes):

@@ -24,7 +24,16 @@ from shipyard import bundle as bundling
 from shipyard.stage import closure
 from shipyard.upload import FolderStore, upload_release
 
-UNITS = {"search": "search", "recommend": "recommend", "edge_recommend": "edge-recommend"}
+UNITS = {
+    "search": "search",
+    "recommend": "recommend",
+    "recommend_types": "recommend-types",
+    "intent": "intent",
+    "edge_recommend": "edge-recommend",
+}
+"""Units with the names of their artifacts."""
+
+ANSWERS = {"recommend_types": "type", "intent": "category"}
 
 
 def artifact(made: Made, name: str):
@@ -107,7 +116,7 @@ def test_second_run_skips_everything(small: Made) -> None:
     again = make(small.build, "small", "--no-synth")
     spent = time.monotonic() - start
     assert "start " not in again.told
-    assert again.told.count("skipped") == 3 + 4 * 3 + 1
+    assert again.told.count("skipped") == 3 + 4 * len(UNITS) + 1
     assert again.path == small.path
     assert spent < 60  # a training takes minutes; not a measurement
 
@@ -120,20 +129,21 @@ def test_bundles_hold_exactly_these_files(small: Made) -> None:
     code = {f"serve/{n}.py" for n in ("__init__", "errors", "history", "runtime", "server", "trust")}
     assert names("search") == {
         "bundle.json",
-        "products.json",
+        "catalogue.json",
         "tokenizer.json",
         "model_repository/search/config.pbtxt",
         "model_repository/search/1/model.onnx",
     }
+    assert names("recommend") == names("recommend_types") == names("intent")
     assert names("recommend") == code | {
         "bundle.json",
-        "products.json",
+        "catalogue.json",
         "model.onnx",
         "Dockerfile",
         "requirements.txt",
         "serve/fetch.py",
     }
-    assert names("edge_recommend") == {"bundle.json", "products.json", "model.onnx"}
+    assert names("edge_recommend") == {"bundle.json", "catalogue.json", "model.onnx"}
     assert names("edge_runtime") == code | {"bundle.json", "install.sh", "run.sh"}
     for unit, name in (("edge_recommend", "edge-recommend"), ("edge_runtime", "edge-runtime")):
         with zipfile.ZipFile(small.folder(unit, "bundle") / "upload" / f"{name}.zip") as archive:
@@ -195,7 +205,8 @@ def test_runtime_opens_what_was_attested_and_nothing_else(small: Made, unit: str
     attestation = artifact(small, name).attestation
     model = open_bundle(tree, name, attestation, small.keys)
     [answer] = model.predict([{"history": [], "k": 5} | ({"query": "milk"} if model.task == "search" else {})])
-    assert len(answer["products"]) == 5
+    level = ANSWERS.get(unit, "product")
+    assert len(answer[f"{level[:-1]}ies" if level == "category" else f"{level}s"]) == 5
     for path in sorted(p for p in tree.rglob("*") if p.is_file()):
         kept = path.read_bytes()
         flip(path)
@@ -212,7 +223,7 @@ def test_search_finds_what_a_shopper_types(small: Made) -> None:
     import pyarrow.parquet as pq
 
     items = pq.read_table(small.folder("joint", "data") / "items.parquet")
-    text = dict(zip(items["product_id"].to_pylist(), items["text"].to_pylist(), strict=True))
+    text = dict(zip(items["item"].to_pylist(), items["text"].to_pylist(), strict=True))
     for query, word in (("frozen pizza", "pizza"), ("shampoo", "shampoo"), ("cat food", "cat"), ("yogurt", "yogurt")):
         [answer] = model.predict([{"query": query}])
         hits = [p["product"] for p in answer["products"] if word in text[p["product"]]]
@@ -222,7 +233,7 @@ def test_search_finds_what_a_shopper_types(small: Made) -> None:
 def test_history_changes_the_answer(small: Made) -> None:
     name = "recommend"
     model = open_bundle(small.bundle(name), name, artifact(small, name).attestation, small.keys)
-    product = model.products[len(model.products) // 2]
+    product = model.answers[len(model.answers) // 2]
     known = [{"product": product, "days_ago": d} for d in (2.0, 9.0, 16.0, 23.0, 30.0)]
     bare, told = model.predict([{"history": [], "k": 100}, {"history": known, "k": 100}])
     assert product in [p["product"] for p in told["products"][:10]]

@@ -1,6 +1,7 @@
 """Stages: skipped while nothing has changed, made again when anything has, and taken up again after a kill."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -12,6 +13,11 @@ from pathlib import Path
 
 import pytest
 
+import shipyard.data
+import shipyard.release
+import shipyard.stage
+from models.config import load_fleet
+from shipyard.release import Line
 from shipyard.stage import RECORD, Record, Stage, closure, digest, write
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -341,3 +347,116 @@ def test_an_added_import_brings_its_module_into_the_key(copied):
     with (folder / "serve" / "history.py").open("a") as stream:
         stream.write("\nMORE = 1\n")
     assert key() != before
+
+
+# --- the line --------------------------------------------------------------------------------------------------------
+
+FLEET = load_fleet(ROOT / "fleet.toml")
+ONCE = functools.cache(closure)
+DIGESTS = {"items": "i", "train": "1", "validation": "2", "test": "3"}
+PARTS = {"trunk": "t"} | {name: name for name in FLEET.submodel}
+SCORE = {"metric": "ndcg@10", "after": {"value": 0.3}, "over_before": {"low": 1}, "over_baseline": {"low": 1}}
+
+
+def keys_of(fleet=FLEET, profile="small", **changes):
+    """The key of every stage, as if each had said what it says here, with some of it changed."""
+    said = {
+        "data": {"digests": DIGESTS},
+        "finetune": {"parts": PARTS},
+        "evaluate": {"submodels": dict.fromkeys(fleet.submodel, SCORE)},
+    } | changes
+    found = {}
+
+    def watch(stage, build):
+        found[stage.name, stage.unit] = stage.key
+        told = said.get(stage.name, {})
+        # what has said the same has made the same; of the others any change of what they depend on changes what they make
+        return Record(build, digest(told) if told else stage.key, told, skipped=True)
+
+    line = Line(fleet, profile, ROOT, ROOT / "build", lambda *_: None, watch)
+    with pytest.MonkeyPatch.context() as patch:
+        # neither changes here, and both take their time
+        patch.setattr(shipyard.stage, "closure", ONCE)
+        patch.setattr(shipyard.release, "closure", ONCE)
+        patch.setattr(shipyard.data, "source_sha256", lambda *_: "the source")
+        vars(line)["base_sha256"] = "the encoder"
+        line.until("bundle")
+    return found
+
+
+@pytest.fixture(scope="module")
+def keys():
+    return keys_of()
+
+
+def changed(keys, before):
+    assert keys.keys() == before.keys()
+    return {stage for stage, key in keys.items() if key != before[stage]}
+
+
+def test_every_stage_of_every_unit_has_a_key_of_its_own(keys):
+    each = {(verb, name) for verb in ("split", "export", "quantise", "bundle") for name in FLEET.submodel}
+    whole = {(verb, "joint") for verb in ("data", "finetune", "evaluate")}
+    assert keys.keys() == each | whole | {("bundle", "edge_runtime")}
+    assert len(set(keys.values())) == len(keys)
+    assert keys_of() == keys
+
+
+@pytest.mark.parametrize("name", FLEET.submodel)
+def test_a_heads_change_leaves_the_other_sub_models(keys, name):
+    after = changed(keys_of(finetune={"parts": PARTS | {name: "other"}}), keys)
+    assert {stage for stage in after if stage[0] in ("split", "export", "quantise")} == {
+        (verb, name) for verb in ("split", "export", "quantise")
+    }
+    assert ("evaluate", "joint") in after and ("bundle", name) in after
+    assert not {("data", "joint"), ("finetune", "joint"), ("bundle", "edge_runtime")} & after
+
+
+def test_a_change_of_the_trunk_splits_everything_again(keys):
+    after = changed(keys_of(finetune={"parts": PARTS | {"trunk": "other"}}), keys)
+    assert {unit for verb, unit in after if verb == "split"} == set(FLEET.submodel)
+
+
+def test_a_change_of_the_test_period_reaches_the_evaluation_and_no_training(keys):
+    after = changed(keys_of(data={"digests": DIGESTS | {"test": "other"}}), keys)
+    assert {verb for verb, _ in after} <= {"evaluate", "bundle"}
+    assert ("evaluate", "joint") in after
+
+
+@pytest.mark.parametrize("part", ["items", "train", "validation"])
+def test_a_change_of_the_past_reaches_everything(keys, part):
+    after = changed(keys_of(data={"digests": DIGESTS | {part: "other"}}), keys)
+    assert after == keys.keys() - {("data", "joint"), ("bundle", "edge_runtime")}
+
+
+def with_profile(**changes):
+    profile = FLEET.profile["small"].model_copy(update=changes)
+    return FLEET.model_copy(update={"profile": {"small": profile}})
+
+
+@pytest.mark.parametrize(
+    ("size", "value", "verbs"),
+    [
+        ("test_examples", 300, {"evaluate"}),
+        ("test_each", 2, {"evaluate"}),
+        ("strong_baselines", True, {"evaluate"}),
+        ("validation_examples", 300, {"finetune", "evaluate"}),
+        ("joint_steps", 7, {"finetune"}),
+        ("mlm_steps", 7, {"finetune"}),
+        ("households", 7, {"data"}),
+    ],
+)
+def test_a_size_reaches_what_it_is_for(keys, size, value, verbs):
+    after = changed(keys_of(with_profile(**{size: value})), keys)
+    assert {verb for verb, unit in after if unit == "joint"} == verbs
+
+
+def test_a_gate_reaches_nothing(keys):
+    gate = FLEET.profile["small"].default_gate.model_copy(update={"over_baseline": -0.9})
+    assert changed(keys_of(with_profile(default_gate=gate)), keys) == set()
+
+
+def test_a_target_reaches_its_own_sub_models_alone(keys):
+    target = FLEET.target | {"edge": FLEET.target["edge"].model_copy(update={"max_loss": 0.05})}
+    after = changed(keys_of(FLEET.model_copy(update={"target": target})), keys)
+    assert after == {("quantise", "edge_recommend"), ("bundle", "edge_recommend"), ("bundle", "edge_runtime")}

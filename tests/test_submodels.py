@@ -1,5 +1,6 @@
 """One contract for every sub-model, and the proof that one file and one entry add another."""
 
+import dataclasses
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,10 +16,12 @@ import torch
 from conftest import ROOT, TINY, Made
 
 from models import submodel, trunk
-from models.behaviour import VALIDATION, load_behaviour
+from models.behaviour import LEVELS, VALIDATION, load_behaviour
 from models.config import load_fleet
 from serve.errors import ShipyardError
-from shipyard.evaluate import Examples, load_joint
+from serve.history import FEATURES, OFFER
+from shipyard.examples import Examples, load_joint
+from shipyard.joint import request
 
 FLEET = load_fleet(ROOT / "fleet.toml")
 
@@ -36,51 +40,99 @@ def test_file_that_breaks_the_contract_is_named() -> None:
         submodel.load("trunk")
 
 
+@pytest.fixture(scope="module")
+def tuned(small: Made):
+    """The behaviour, the joint model and its vectors, and the validation's examples."""
+    behaviour = load_behaviour(small.folder("joint", "data"))
+    joint, vectors = load_joint(behaviour, small.folder("joint", "finetune"), FLEET.finetune, tuple(FLEET.submodel))
+    return behaviour, joint, vectors, Examples(behaviour, VALIDATION, 64, tuple(FLEET.submodel))
+
+
 @pytest.mark.parametrize("name", sorted(FLEET.submodel))
-def test_contract(small: Made, name: str) -> None:
+def test_contract_of_the_file(tuned, name: str) -> None:
+    behaviour, joint, _, _ = tuned
     module = submodel.load(name)
-    assert module.TASK in ("search", "recommend")
+    assert module.TASK in get_args(submodel.Task)
+    assert module.LEVEL in LEVELS
+    assert module.ANSWER in get_args(submodel.Answer)
     assert module.METRIC == "ndcg@10"
     assert module.TEACHER is None or module.TEACHER in FLEET.submodel
-    behaviour = load_behaviour(small.folder("joint", "data"))
     rows = module.rows(behaviour)
     assert rows.dtype == np.int64
-    assert len(np.unique(rows)) == len(rows) > 100
-    assert rows.min() >= 1
-    assert rows.max() <= behaviour.items
+    assert len(rows) > 100
     assert (np.diff(rows) > 0).all()
-
-    examples = Examples(behaviour, VALIDATION, 64, tuple(FLEET.submodel))
-    view, relevant, baskets, queries = examples.of(name)
-    assert ((relevant >= 0) & (relevant <= len(rows))).all()
-    assert (relevant != 0).any(1).all()
-    for rule in module.BASELINES.values():
-        scores = rule(behaviour, int(baskets[0]), int(queries[0]))
-        assert scores.shape == (behaviour.items + 1,)
-        assert np.isfinite(scores).all()
-
-    tuned = small.folder("joint", "finetune")
-    joint, vectors = load_joint(behaviour, tuned, FLEET.finetune, tuple(FLEET.submodel))
+    assert rows.min() >= 1
+    assert rows.max() <= len(behaviour.names(module.LEVEL))
     head = joint.head(name)
     assert isinstance(head, trunk.Head)
-    items, features = torch.from_numpy(view.items[:4]), torch.from_numpy(view.features[:4])
-    table = joint.table(joint.rows[name])
+    # a row that is no product has no offer, and a query belongs to a search
+    assert head.uses_offers == (module.LEVEL == "product")
+    assert head.uses_text == (module.TASK == "search")
+
+
+def wanted(cut, vectors, size: int):
+    """Return the first requests of the examples."""
+    return request(cut.view(slice(0, size)), cut.text(vectors)[:size])
+
+
+def alone_of(asked, i: int):
+    return trunk.Request(*(None if part is None else part[i : i + 1] for part in vars(asked).values()))
+
+
+@pytest.mark.parametrize("name", sorted(FLEET.submodel))
+def test_contract_of_the_head(tuned, name: str) -> None:
+    _, joint, vectors, examples = tuned
+    cut = examples.of(name)
+    assert ((cut.relevant >= 0) & (cut.relevant <= cut.rows)).all()
+    assert (cut.relevant != 0).any(1).all()
+    asked = wanted(cut, vectors, 4)
     with torch.inference_mode():
-        logits = joint(name, table, joint.bias[name], vectors.paths[queries[:4]], items, features)
-        empty = joint(
-            name,
-            table,
-            joint.bias[name],
-            vectors.paths[queries[:1]],
-            torch.zeros(1, 1, dtype=torch.long),
-            features[:1, :1],
-        )
-        alone = joint(name, table, joint.bias[name], vectors.paths[queries[:1]], items[:1], features[:1])
-    assert logits.shape == (4, len(rows) + 1)
-    assert torch.isfinite(logits).all()
-    assert torch.isfinite(empty).all()
+        baked = joint.baked(name)
+        logits = joint(name, baked, asked)
+        alone = joint(name, baked, alone_of(asked, 2))
+        nothing = trunk.Request(
+            torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, len(FEATURES)),
+            torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, len(OFFER)), asked.text[:1],
+        )  # fmt: skip
+        empty = joint(name, baked, nothing)
+    assert logits.shape == (4, cut.rows + 1)
+    assert torch.isfinite(logits).all() and torch.isfinite(empty).all()
     assert (logits[:, 0] < logits[:, 1:].min(1).values).all(), "padding must never win"
-    torch.testing.assert_close(alone[0], logits[0], rtol=1e-4, atol=1e-4)
+    assert empty[0, 0] < empty[0, 1:].min()
+    torch.testing.assert_close(alone[0], logits[2], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(FLEET.submodel))
+def test_padding_of_a_request_changes_nothing(tuned, name: str) -> None:
+    _, joint, vectors, examples = tuned
+    asked = wanted(examples.of(name), vectors, 3)
+    pad = torch.nn.functional.pad
+    wider = trunk.Request(
+        pad(asked.items, (0, 9)), pad(asked.features, (0, 0, 0, 9)), pad(asked.offers, (0, 7)),
+        pad(asked.strengths, (0, 0, 0, 7)), asked.text,
+    )  # fmt: skip
+    with torch.inference_mode():
+        baked = joint.baked(name)
+        torch.testing.assert_close(joint(name, baked, wider), joint(name, baked, asked), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(FLEET.submodel))
+def test_a_head_hears_what_it_says_that_it_uses(tuned, name: str) -> None:
+    _, joint, vectors, examples = tuned
+    asked = wanted(examples.of(name), vectors, 3)
+    head = joint.head(name)
+    changes = {
+        "items": (asked.items.flip(1), True),
+        "features": (asked.features + 0.5, True),
+        "strengths": (1 - asked.strengths, head.uses_offers),
+        "text": (asked.text.roll(1, 0), head.uses_text),
+    }
+    with torch.inference_mode():
+        baked = joint.baked(name)
+        before = joint(name, baked, asked)
+        for part, (value, heard) in changes.items():
+            after = joint(name, baked, dataclasses.replace(asked, **{part: value}))
+            assert torch.equal(after, before) != heard, part
 
 
 def blocks(language: str) -> list[str]:
@@ -111,7 +163,10 @@ def test_readme_adds_a_submodel(tmp_path: Path) -> None:
     bundle = tmp_path / "build" / "tiny" / name / "bundle" / "bundle"
     manifest = json.loads((bundle / "bundle.json").read_text())
     assert manifest["name"] == name.replace("_", "-")
+    assert (manifest["task"], manifest["level"]) == ("search", "product")
     assert manifest["golden"][0]["answer"]["products"]
-    products = json.loads((bundle / "products.json").read_text())
-    everything = json.loads((tmp_path / "build/tiny/search/bundle/bundle/products.json").read_text())
+    products = json.loads((bundle / "catalogue.json").read_text())["products"]
+    local = json.loads((tmp_path / "build/tiny/edge_recommend/bundle/bundle/catalogue.json").read_text())["products"]
+    everything = json.loads((tmp_path / "build/tiny/search/bundle/bundle/catalogue.json").read_text())["products"]
+    assert products == local
     assert set(products) < set(everything)

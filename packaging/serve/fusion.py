@@ -63,7 +63,7 @@ def gather(answers: Sequence[tuple[Sequence[Any], Sequence[float]] | None]) -> C
 def describe(found: Candidates) -> Floats:
     """Return what stacking sees [C, S * 3], source by source in the order of `FEATURES`."""
     told = np.stack([found.scaled, 1 / found.place, np.isfinite(found.place)], axis=-1)
-    return told.transpose(1, 0, 2).reshape(len(found.products), -1)
+    return told.transpose(1, 0, 2).reshape(len(found.products), len(found.spoke) * len(FEATURES))
 
 
 def fuse(found: Candidates, method: str, parameters: Mapping[str, Any]) -> Floats:

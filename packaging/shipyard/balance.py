@@ -1,64 +1,60 @@
 """Balance: scale the terms of each head's score for the metric, on validation, after training.
 
-The softmax over all rows weighs a term by how well it tells all of a basket; nDCG@10 asks for the first ten places alone, and
-what a shopper's vector says of thousands of rows is worth less there. A head's score is a sum of terms, so that the
+The softmax over all rows weighs a term by how well it tells all of a basket; nDCG@10 asks for the first ten places alone,
+and what a shopper's vector says of thousands of rows is worth less there. A head's score is a sum of terms, so that the
 ranking for any factors follows from one pass with each term left out.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models import submodel, trunk
-from models.behaviour import Ints
-from shipyard import metrics
-from shipyard.joint import Batches, Vectors, request
+from models import trunk
+from shipyard.examples import PLACES, Cut
+from shipyard.joint import Vectors, request
 from shipyard.train import Progress
 
-FACTORS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0)
+FACTORS = (0.1, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
 ROUNDS = 2
-PLACES = 10
 
 
-def balance(
-    joint: trunk.Joint, batches: Batches, vectors: Vectors, baskets: Ints, progress: Progress
-) -> dict[str, Any]:
-    """Scale the terms of every head in place by the factors that rank validation `baskets` [B] best.
+def balance(joint: trunk.Joint, cuts: Mapping[str, Cut], vectors: Vectors, progress: Progress) -> dict[str, Any]:
+    """Scale the terms of every head in place by the factors that rank its validation examples best.
 
     Returns:
-        By sub-model the factors of its terms, and nDCG@10 on `baskets` before and after.
+        By sub-model the factors of its terms, and nDCG@10 on the examples before and after.
     """
     joint.eval()
-    queries = batches.behaviour.queries(baskets)
     record = {}
-    for done, name in enumerate(batches.rows):
-        progress("balance", done, len(batches.rows))
+    for done, (name, cut) in enumerate(cuts.items()):
+        progress("balance", done, len(cuts))
         terms = _terms(joint.head(name))
-        whole, right = _logits(joint, batches, vectors, name, baskets, queries)
+        whole = _logits(joint, cut, vectors)
         parts = {}
         for term, parameters in terms.items():
             kept = [parameter.detach().clone() for parameter in parameters]
             _scale(term, parameters, 0.0)
-            parts[term] = whole - _logits(joint, batches, vectors, name, baskets, queries)[0]
+            parts[term] = whole - _logits(joint, cut, vectors)
             with torch.no_grad():
-                for parameter, value in zip(parameters, kept, strict=True):
-                    parameter.copy_(value)
+                for parameter, was in zip(parameters, kept, strict=True):
+                    parameter.copy_(was)
         factors = dict.fromkeys(terms, 1.0)
-        before = best = _ndcg(whole, right)
+        before = best = _ndcg(whole, cut)
         for _ in range(ROUNDS):
             for term, part in parts.items():
                 start = factors[term]
                 for factor in FACTORS:
-                    value = _ndcg(whole + (factor - start) * part, right)
+                    value = _ndcg(whole + (factor - start) * part, cut)
                     if value > best:
                         best, factors[term] = value, factor
                 whole = whole + (factors[term] - start) * part
         for term, parameters in terms.items():
             _scale(term, parameters, factors[term])
         record[name] = {"factors": factors, "before": round(before, 5), "after": round(best, 5)}
-    progress("balance", len(batches.rows), len(batches.rows))
+    progress("balance", len(cuts), len(cuts))
     return record
 
 
@@ -77,21 +73,14 @@ def _scale(term: str, parameters: list[nn.Parameter], factor: float) -> None:
                 parameter.add_(float(np.log(factor)) if factor > 0 else -30.0)
 
 
-def _logits(
-    joint: trunk.Joint, batches: Batches, vectors: Vectors, name: str, baskets: Ints, queries: Ints
-) -> tuple[Tensor, Ints]:
-    """Return logits [B, R] of a sub-model and the right answers [B, K]."""
-    level, kind, place = batches.levels[name], submodel.load(name).ANSWER, batches.place[name]
-    found = []
+def _logits(joint: trunk.Joint, cut: Cut, vectors: Vectors) -> Tensor:
+    """Return logits [B, R] of a sub-model."""
+    text = cut.text(vectors)
     with torch.inference_mode():
-        baked = joint.baked(name)
-        for k in range(0, len(baskets), 128):
-            part = slice(k, k + 128)
-            view = batches.behaviour.view(baskets[part], queries[part], place, offers=level == "product")
-            found.append(joint(name, baked, request(view, vectors.queries[queries[part], 0]))[:, 1:])
-    return torch.cat(found), batches.behaviour.answers(baskets, queries, place, kind)
+        baked = joint.baked(cut.name)
+        return torch.cat([joint(cut.name, baked, request(view, text[part]))[:, 1:] for part, view in cut.views()])
 
 
-def _ndcg(logits: Tensor, right: Ints) -> float:
+def _ndcg(logits: Tensor, cut: Cut) -> float:
     ranked = torch.topk(logits, min(PLACES, logits.shape[1])).indices.numpy() + 1
-    return float(np.nanmean(metrics.ndcg(ranked, right)))
+    return float(np.nanmean(cut.ndcg(ranked)))

@@ -196,6 +196,9 @@ def _golden(data: Path, name: str, model: Model) -> list[dict[str, Any]]:
     examples = Examples(behaviour, VALIDATION, 64, (name,)).of(name)
     queries: list[dict[str, Any]] = [{"history": []}]
     for basket in examples.baskets[:3].tolist():
+        if examples.logged:
+            queries.append({"history": []})
+            continue
         rows, days = behaviour.past(basket)
         events = [
             {"product": behaviour.item[row - 1], "days_ago": round(day, 3)}
@@ -211,8 +214,8 @@ def _golden(data: Path, name: str, model: Model) -> list[dict[str, Any]]:
                 for row, told in zip(promoted[own][:20].tolist(), strengths[own][:20].tolist(), strict=True)
             ]
     if model.task == "search":
-        for request, query in zip(queries, examples.queries[:4].tolist(), strict=True):
-            request["query"] = behaviour.paths[query]
+        for request, words in zip(queries, examples.words[:4], strict=True):
+            request["query"] = words
     return [{"request": r, "answer": a} for r, a in zip(queries, model.predict(queries), strict=True)]
 
 

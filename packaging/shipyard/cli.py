@@ -1,6 +1,7 @@
 """shipyard: parse, run one stage or all, print an error in one line."""
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -52,6 +53,8 @@ HELP = {
     "quantise": "write each graph in its target's precision and hold the gate again",
     "bundle": "make each target's artifact, reproducible to the byte",
     "release": "do all of it, sign, upload, write the release file, synthesize the stacks",
+    "report": "write the figures of a profile as one page, build/PROFILE/report.html",
+    "compare": "tune the text tower by several methods and compare them on validation",
     "publish": "verify a local release and copy it into releases/",
     "upload": "send the artifacts of a published release from build/store to a bucket",
     "synth": "synthesize the stacks with the pinned CDK CLI",
@@ -87,6 +90,9 @@ def parser() -> argparse.ArgumentParser:
     making.add_argument("--key", type=Path, default=None, help="private key in PEM (default: $XDG_CONFIG_HOME/"
                         "shipyard/signing.pem, or ~/.config, made on first use)")  # fmt: skip
     making.add_argument("--no-synth", action="store_true", help="stop after the release file")
+    add("report", sizes, more=" Runs the stages before it as far as they are not done.")
+    comparing = add("compare", sizes, more=" Each method is a stage in a process of its own.")
+    comparing.add_argument("--methods", default="lora,adalora,full", help="with commas between (default: all three)")
     publishing = add("publish")
     publishing.add_argument("version", help="version of a release in build/releases/, e.g. 0.1.0-g0123456789ab")
     sending = add("upload", more=" What is there already is not sent again.")
@@ -165,6 +171,20 @@ def _make(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, rep
             return stage.run(folder)
 
     line = Line(fleet, chosen.profile, root, build / chosen.profile, reporter.progress, watch)
+    if chosen.verb == "report":
+        page = line.page()
+        reporter.line(f"report   {page}")
+        if chosen.json:
+            print(json.dumps({"report": str(page)}))
+        return 0
+    if chosen.verb == "compare":
+        page, compared = line.compare([method for method in chosen.methods.split(",") if method])
+        if chosen.json:
+            print(json.dumps(compared, ensure_ascii=False))
+        else:
+            importlib.import_module("shipyard.report").print_comparison(compared)
+        reporter.line(f"page     {page}")
+        return 0
     if chosen.verb != "release":
         records = line.until(chosen.verb)
         said = {unit: record.said for unit, record in records.items()}
@@ -180,6 +200,7 @@ def _make(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, rep
     path, found = release(line, key, chosen.to or str(build / "store"))
     if not chosen.no_synth:
         _synth(chosen.fleet, build / chosen.profile / "cdk.out", reporter, release=path)
+    reporter.line(f"report   {line.page()}")
     reporter.line(f"release  {path}")
     return _print(found, chosen.json)
 

@@ -24,9 +24,8 @@ from shipyard import calibrate, metrics
 from shipyard.baselines import Baseline, OwnCounts, OwnDecayed, Popularity, RecentPopularity, rank
 from shipyard.boosted import Boosted
 from shipyard.examples import PLACES, RETURNED, Answered, Cut, Examples, Scores, answer, load_joint
-from shipyard.finetune import load_vectors
 from shipyard.fuse import fit_fusion
-from shipyard.joint import Vectors, build_joint
+from shipyard.joint import Vectors, build_joint, load_vectors
 from shipyard.lexical import Bm25, Bm25Own, ExactPath, ExactPathDecayed, ExactPathOwn
 from shipyard.neighbours import TifuKnn, UpCf
 from shipyard.purchases import Purchases, group
@@ -68,18 +67,17 @@ class Judge:
         found = answer(
             joint,
             test,
-            vectors.queries[test.queries, 0],
+            test.text(vectors),
             lambda done: self.progress(f"evaluate {name}", done, len(test.baskets)),
             # one right category a request: a classifier
             keep=(module.ANSWER, module.LEVEL) == ("asked", "category"),
         )
-        held = answer(joint, validation, vectors.queries[validation.queries, 0], full=False)
-        untrained = answer(self.before[0], test, self.before[1].queries[test.queries, 0], full=False)
+        held = answer(joint, validation, validation.text(vectors), full=False)
+        untrained = answer(self.before[0], test, test.text(self.before[1]), full=False)
         relevant, owners = test.relevant, test.owners
-        after = metrics.ndcg(found.ranked, relevant)
-        before = metrics.ndcg(untrained.ranked, relevant)
+        after, before = test.ndcg(found.ranked), test.ndcg(untrained.ranked)
         best, tuned, ranked = self.baselines(name, validation, test)
-        by_rule = metrics.ndcg(ranked[best], relevant)
+        by_rule = test.ndcg(ranked[best])
         record = {
             "metric": module.METRIC,
             "level": module.LEVEL,
@@ -93,8 +91,8 @@ class Judge:
             "over_before": metrics.difference(after, before, owners),
             "baselines": {
                 rule: {
-                    **metrics.interval(metrics.ndcg(rows, relevant), owners),
-                    "over": metrics.difference(after, metrics.ndcg(rows, relevant), owners),
+                    **metrics.interval(test.ndcg(rows), owners),
+                    "over": metrics.difference(after, test.ndcg(rows), owners),
                     "settings": tuned[rule][0],
                     "validation": tuned[rule][1],
                 }
@@ -102,10 +100,14 @@ class Judge:
             },
             "metrics": _figures(found, relevant, owners, test.rows),
             "baseline_metrics": _of_ranking(ranked[best], relevant, owners),
-            "kinds": self.kinds(test, found.ranked, ranked[best]),
-            "slices": self.slices(test, found.ranked, ranked[best]),
             "calibration": _calibration(held, validation, found, test),
         }  # fmt: skip
+        if not test.logged:
+            # a search of the log has no basket, so that nothing of it is told apart
+            record |= {
+                "kinds": self.kinds(test, found.ranked, ranked[best]),
+                "slices": self.slices(test, found.ranked, ranked[best]),
+            }
         if module.TASK == "search":
             record["queries"] = self.queries(name, test)
         if found.logits is not None:
@@ -123,7 +125,7 @@ class Judge:
             for name in names:
                 self.progress(f"fusion: {name}", period, TEST)
                 asked = replace(cut, name=name)
-                found = answer(joint, asked, vectors.queries[cut.queries, 0], full=False)
+                found = answer(joint, asked, asked.text(vectors), full=False)
                 # rows of the sub-model to rows of the catalogue
                 rankings[name] = np.r_[0, self.test.batches.rows[name]][found.ranked], found.scores
             periods.append((rankings, np.r_[0, self.test.batches.rows[search]][cut.relevant], cut.owners))
@@ -144,13 +146,33 @@ class Judge:
         for rule in BASELINES[task]:
             if not self.profile.strong_baselines and task == "recommend" and rule.name not in SIMPLE:
                 continue
+            if test.logged and rule.name != Bm25.name:
+                continue
             self.progress(f"baseline of {name}: {rule.name}", 0, 1)
+            if test.logged:
+                ranked[rule.name], tuned[rule.name] = self._lexical(rule, validation, test)
+                continue
             right = np.r_[0, rows][validation.relevant]
             best, table = rule.tune(purchases, validation.baskets, validation.queries, right, rows, self.config.seed)
             ranks = rank(best.fit(purchases, TEST), test.baskets, test.queries, rows)
             ranked[rule.name] = np.searchsorted(rows, ranks) + 1
             tuned[rule.name] = (best.settings(), max(line["ndcg@10"] for line in table))
         return max(tuned, key=lambda rule: tuned[rule][1]), tuned, ranked
+
+    def _lexical(self, rule: Baseline, validation: Cut, test: Cut) -> tuple[Ints, tuple[dict[str, Any], float]]:
+        """Tune and rank a rule that looks at words alone, for searches of the log have no baskets."""
+        tried = [replace(rule, **settings) for settings in rule.grid]
+        values = [
+            float(
+                np.nanmean(
+                    validation.ndcg(rank(one.fit(self.behaviour, VALIDATION), validation.baskets, validation.words))
+                )
+            )
+            for one in tried
+        ]
+        best = int(np.argmax(values))
+        ranked = rank(tried[best].fit(self.behaviour, TEST), test.baskets, test.words)
+        return ranked, (tried[best].settings(), round(values[best], 5))
 
     def kinds(self, test: Cut, ranked: Ints, rival: Ints) -> dict[str, Any]:
         """Return figures on what the shopper had bought before ("repeat") and on what not ("explore"), apart."""
@@ -205,9 +227,9 @@ class Judge:
         The other words for a paraphrase are for evaluation alone; training never sees them.
         """
         rng = np.random.default_rng(self.config.seed)
-        paths = [self.behaviour.paths[query] for query in test.queries]
+        paths = test.words
         asked = {
-            "as the category is written": paths,
+            "as written": paths,
             "misspelt": [misspell(path, rng) for path in paths],
             "paraphrased": [paraphrase(path) for path in paths],
         }
@@ -216,7 +238,7 @@ class Judge:
         record = {}
         for kind, words in asked.items():
             changed = np.array([word != path for word, path in zip(words, paths, strict=True)])
-            chosen = np.flatnonzero(changed) if kind != "as the category is written" else np.arange(len(paths))
+            chosen = np.flatnonzero(changed) if kind != "as written" else np.arange(len(paths))
             part = test.take(chosen)
             if len(chosen) < 20:
                 continue
@@ -227,7 +249,8 @@ class Judge:
             }
             ranked["BM25"] = rank(lexical, part.baskets, words)
             record[kind] = _several(ranked, part)
-        record["category's words taken out of the texts"] = self._stripped(name, test)
+        if not test.logged:
+            record["category's words taken out of the texts"] = self._stripped(name, test)
         return record
 
     def _stripped(self, name: str, test: Cut) -> dict[str, Any]:
@@ -245,9 +268,9 @@ class Judge:
             levels: dict[Level, Tensor] = {**vectors.texts, "product": self._encode(which, texts.tolist())}
             # nothing of a type's words is left to match either
             levels["type"] = torch.zeros_like(levels["type"])
-            other = build_joint(bare, Vectors(levels, vectors.queries), self.config, self.names)
+            other = build_joint(bare, Vectors(levels, vectors.queries, vectors.searches), self.config, self.names)
             other.load_state_dict(joint.state_dict())
-            ranked[which] = answer(other, test, vectors.queries[test.queries, 0], full=False).ranked
+            ranked[which] = answer(other, test, test.text(vectors), full=False).ranked
         ranked["BM25"] = rank(Bm25(k1=1.2, b=0.0).fit(bare, TEST), test.baskets, test.queries)
         return _several(ranked, test)
 
@@ -277,7 +300,7 @@ def _pair(ranked: Ints, rival: Ints, right: Ints, owners: Ints) -> dict[str, Any
 
 
 def _several(ranked: Mapping[str, Ints], cut: Cut) -> dict[str, Any]:
-    values = {which: metrics.ndcg(rows, cut.relevant) for which, rows in ranked.items()}
+    values = {which: cut.ndcg(rows) for which, rows in ranked.items()}
     return {
         "examples": len(cut.baskets),
         **{which: metrics.interval(value, cut.owners) for which, value in values.items()},
@@ -342,7 +365,7 @@ def evaluate(
         By "submodels" each one's record, and the "fusion"'s where there is a search to fuse.
     """
     behaviour = load_behaviour(data)
-    vectors = load_vectors(finetuned, "before")
+    vectors = load_vectors(finetuned / "before.safetensors")
     before = build_joint(behaviour, vectors, config, names), vectors
     after = load_joint(behaviour, finetuned, config, names)
     untouched, tokenizer = trunk.load_tower(base)
@@ -357,6 +380,7 @@ def evaluate(
     record = {"submodels": {name: judge.score(name) for name in names}}
     products = [name for name in names if submodel.load(name).LEVEL == "product"]
     search = next((name for name in products if submodel.load(name).TASK == "search"), None)
-    if search is not None and len(products) > 1:
+    # a search of the log has no basket that the others could answer to
+    if search is not None and len(products) > 1 and search not in judge.test.batches.logged:
         record["fusion"] = judge.fusion(search, [search, *(name for name in products if name != search)])
     return record

@@ -13,12 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from models import submodel, trunk
-from models.behaviour import Behaviour, Ints, View
+from models.behaviour import Behaviour, Floats, Ints, View
 from models.config import Finetune
 from serve.errors import ShipyardError
 from shipyard import metrics
-from shipyard.finetune import load_vectors
-from shipyard.joint import Batches, Vectors, build_joint, request, spread
+from shipyard.joint import Batches, Vectors, build_joint, load_vectors, request, spread
 
 PLACES = 10
 """Places of the ranking that the metric looks at."""
@@ -42,12 +41,19 @@ class Examples:
         self.behaviour, self.most = behaviour, most
         self.baskets = behaviour.spread(period, each)
         self.queries = behaviour.queries(self.baskets)
+        self.searches = behaviour.searches.of(period)
         self.batches = Batches(behaviour, names)
 
     def of(self, name: str) -> "Cut":
-        """Return the examples of a sub-model."""
+        """Return the examples of a sub-model: searches of the log for one that learns from it, baskets for the others."""
         kind, place = submodel.load(name).ANSWER, self.batches.place[name]
-        right = self.behaviour.answers(self.baskets, self.queries, place, kind)
+        logged, gains = name in self.batches.logged, None
+        if logged:
+            baskets, queries = np.full(len(self.searches), -1), self.searches
+            right, gains = self.behaviour.log_answers(queries, place)
+        else:
+            baskets, queries = self.baskets, self.queries
+            right = self.behaviour.answers(baskets, queries, place, kind)
         answered = np.flatnonzero((right > 0).any(1))
         if len(answered) < 20:
             raise ShipyardError(
@@ -55,14 +61,17 @@ class Examples:
                 mend="raise households or test_examples of the profile in fleet.toml",
             )  # fmt: skip
         answered = spread(answered, self.most)
-        baskets, queries = self.baskets[answered], self.queries[answered]
-        return Cut(self.behaviour, self.batches, name, baskets, queries, right[answered])
+        worth = None if gains is None else gains[answered]
+        return Cut(self.behaviour, self.batches, name, baskets[answered], queries[answered], right[answered], worth)
 
 
 @dataclass(frozen=True)
 class Cut:
     """Examples of one sub-model: `baskets` [B], the paths `queries` [B] that are asked for, and the right answers
-    `relevant` [B, K] in the sub-model's rows, padded with 0."""
+    `relevant` [B, K] in the sub-model's rows, padded with 0.
+
+    Those of a log have no baskets (-1), their `queries` are searches, and their answers have `gains` [B, K].
+    """
 
     behaviour: Behaviour
     batches: Batches
@@ -70,10 +79,33 @@ class Cut:
     baskets: Ints
     queries: Ints
     relevant: Ints
+    gains: Floats | None = None
+
+    @property
+    def logged(self) -> bool:
+        """Whether the examples are of the log."""
+        return self.gains is not None
 
     def take(self, which: Ints) -> "Cut":
         """Return some of the examples."""
-        return replace(self, baskets=self.baskets[which], queries=self.queries[which], relevant=self.relevant[which])
+        gains = None if self.gains is None else self.gains[which]
+        return replace(
+            self, baskets=self.baskets[which], queries=self.queries[which], relevant=self.relevant[which], gains=gains
+        )
+
+    @cached_property
+    def words(self) -> list[str]:
+        """The queries [B] as they are written."""
+        texts = self.behaviour.searches.text if self.logged else self.behaviour.paths
+        return [texts[query] for query in self.queries]
+
+    def text(self, vectors: Vectors) -> Tensor:
+        """Return the queries' vectors [B, W]."""
+        return vectors.searches[self.queries] if self.logged else vectors.queries[self.queries, 0]
+
+    def ndcg(self, ranked: Ints) -> Scores:
+        """Return nDCG@10 [B] of ranked rows [B, 10 or more]."""
+        return metrics.ndcg(ranked, self.relevant, gains=self.gains)
 
     def views(self, size: int = BATCH) -> "list[tuple[slice, View]]":
         """Return the examples in blocks, with where each lies."""
@@ -82,14 +114,16 @@ class Cut:
     def view(self, part: slice) -> View:
         """Return some of the examples."""
         level = self.batches.levels[self.name]
+        if self.logged:
+            return self.behaviour.log_view(self.queries[part], self.batches.place[self.name])
         return self.behaviour.view(
             self.baskets[part], self.queries[part], self.batches.place[self.name], offers=level == "product"
         )
 
     @cached_property
     def owners(self) -> Ints:
-        """The users [B]."""
-        return self.behaviour.owner(self.baskets)
+        """The users [B]; each search of a log stands for itself."""
+        return self.queries if self.logged else self.behaviour.owner(self.baskets)
 
     @property
     def rows(self) -> int:
@@ -157,7 +191,7 @@ def load_joint(
     behaviour: Behaviour, folder: Path, config: Finetune, names: tuple[str, ...]
 ) -> tuple[trunk.Joint, Vectors]:
     """Read the fine-tuned joint model and its text vectors."""
-    vectors = load_vectors(folder, "after")
+    vectors = load_vectors(folder / "after.safetensors")
     joint = build_joint(behaviour, vectors, config, names)
     joint.load_state_dict(load_file(folder / "joint.safetensors"))
     joint.eval()

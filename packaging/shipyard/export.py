@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from models import submodel, trunk
-from models.behaviour import VALIDATION, Ints, load_behaviour
+from models.behaviour import VALIDATION, Floats, Ints, load_behaviour
 from models.config import Finetune
 from serve.errors import ShipyardError
 from serve.history import FEATURES, LIMIT, MOST_OFFERS, OFFER
@@ -50,10 +50,11 @@ class Ranker(nn.Module):
 
 @dataclass(frozen=True)
 class Requests:
-    """Requests in a model's input form, with the right answers [B, K] where they are known."""
+    """Requests in a model's input form, with the right answers [B, K] and, of a log, their gains [B, K]."""
 
     inputs: Arrays
     relevant: Ints
+    gains: Floats | None = None
 
     def batches(self, size: int) -> list[Arrays]:
         """Cut the inputs into batches; padding that a batch does not need is cut off."""
@@ -153,7 +154,7 @@ def check_versions(file: Path) -> None:
 def cases(names: tuple[str, ...], examples: Cut, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, Arrays]]:
     """Return named inputs: real ones, an empty request, an empty, a longest and a Chinese query, the longest history."""
     real = _arrays(examples)
-    texts = [examples.behaviour.paths[query] for query in examples.queries]
+    texts = examples.words
     rows = examples.rows
     rng = np.random.default_rng(0)
     longest = min(LIMIT, rows)
@@ -196,8 +197,8 @@ def encode_inputs(
 
 def requests(names: tuple[str, ...], examples: Cut, tokenizer: PreTrainedTokenizerBase) -> Requests:
     """Return examples as requests."""
-    texts = [examples.behaviour.paths[query] for query in examples.queries]
-    return Requests(encode_inputs(names, tokenizer, texts, _arrays(examples)), examples.relevant)
+    texts = examples.words
+    return Requests(encode_inputs(names, tokenizer, texts, _arrays(examples)), examples.relevant, examples.gains)
 
 
 def trim(inputs: Arrays) -> Arrays:
@@ -227,4 +228,4 @@ def run(session: ort.InferenceSession, inputs: Arrays) -> tuple[Ints, npt.NDArra
 def score_onnx(session: ort.InferenceSession, wanted: Requests, batch: int = 64) -> npt.NDArray[np.float64]:
     """Return nDCG@10 [B] of a graph on requests with known answers."""
     ranked = np.concatenate([run(session, inputs)[0][:, :PLACES] for inputs in wanted.batches(batch)])
-    return ndcg(ranked, wanted.relevant)
+    return ndcg(ranked, wanted.relevant, gains=wanted.gains)

@@ -18,12 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from models import submodel, trunk
-from models.behaviour import LEVELS, VALIDATION, Behaviour, load_behaviour
+from models.behaviour import TRAIN, VALIDATION, Behaviour, load_behaviour
 from models.config import Finetune, Profile
 from serve.errors import ShipyardError
 from serve.trust import sha256_file
 from shipyard.balance import balance
-from shipyard.joint import Batches, Vectors, build_joint, spread, train_joint
+from shipyard.examples import Examples
+from shipyard.joint import Batches, Vectors, build_joint, load_vectors, train_joint
 from shipyard.queries import blur
 from shipyard.tower import encode, pretrain, train_tower
 from shipyard.train import Progress
@@ -55,6 +56,14 @@ def finetune(
     torch.manual_seed(config.seed)
     weights = _teachers_first(weights)
     behaviour = load_behaviour(data)
+    logged = Batches(behaviour, weights).logged
+    if weights.keys() - logged and not len(behaviour.baskets(TRAIN, fewest=10)):
+        raise ShipyardError(
+            f"finetune: nothing for {', '.join(sorted(weights.keys() - logged))} to learn from in the train period",
+            value="no purchase after ten events of the same user",
+            allowed="purchases; a log of searches is enough for search alone",
+            mend="add events (docs/data.md), or remove the sub-models from fleet.toml",
+        )  # fmt: skip
     tower, tokenizer = trunk.load_tower(base)
     before = _vectors(out / "before.safetensors", tower, tokenizer, behaviour, 1, progress, "encode, untouched")
     record: dict[str, Any] = {
@@ -73,8 +82,8 @@ def finetune(
         )  # fmt: skip
     joint = build_joint(behaviour, after, config, tuple(weights))
     record["joint"] = train_joint(joint, behaviour, after, config, profile, weights, out, progress)
-    held = spread(behaviour.spread(VALIDATION, 1), profile.validation_examples)
-    record["balance"] = balance(joint, Batches(behaviour, weights), after, held, progress)
+    held = Examples(behaviour, VALIDATION, profile.validation_examples, tuple(weights))
+    record["balance"] = balance(joint, {name: held.of(name) for name in weights}, after, progress)
     _save(out / "joint.safetensors", joint.state_dict())
     (out / "joint.checkpoint.pt").unlink(missing_ok=True)
     record["parts"] = parts(joint, out)
@@ -147,20 +156,13 @@ def _vectors(
         parts = {"product": behaviour.texts, "type": behaviour.paths, "category": behaviour.categories}
         queries = [[path, *(blur(path, rng) for _ in range(ways - 1))] for path in behaviour.paths]
         texts = [text for part in parts.values() for text in part] + [text for some in queries for text in some]
-        found = encode(tower, tokenizer, texts, progress, what)
-        *levels, asked = torch.split(found, [*map(len, parts.values()), len(queries) * ways])
-        _save(file, {**dict(zip(parts, levels, strict=True)), "queries": asked.reshape(len(queries), ways, -1)})
-    return _read_vectors(file)
-
-
-def load_vectors(folder: Path, when: str) -> Vectors:
-    """Read the vectors of a finished fine-tuning: `when` is "before" or "after"."""
-    return _read_vectors(folder / f"{when}.safetensors")
-
-
-def _read_vectors(file: Path) -> Vectors:
-    found = load_file(file)
-    return Vectors({level: found[level] for level in LEVELS}, found["queries"])
+        searches = behaviour.searches.text
+        found = encode(tower, tokenizer, [*texts, *searches], progress, what)
+        sizes = [*map(len, parts.values()), len(queries) * ways, len(searches)]
+        *levels, asked, logged = torch.split(found, sizes)
+        asked = asked.reshape(len(queries), ways, -1)
+        _save(file, {**dict(zip(parts, levels, strict=True)), "queries": asked, "searches": logged})
+    return load_vectors(file)
 
 
 def _save(file: Path, tensors: Mapping[str, Tensor]) -> None:

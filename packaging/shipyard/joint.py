@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models import submodel, trunk
@@ -36,13 +37,21 @@ RATE = 2e-3
 
 @dataclass(frozen=True)
 class Vectors:
-    """Vectors by one text tower: of a level's texts [T, W], and of queries [P, V, W], V ways to write each path.
+    """Vectors by one text tower: of a level's texts [T, W], of queries [P, V, W], V ways to write each path, and of the
+    log's searches [Q, W].
 
     The first way is the path itself, the others are blurred as shoppers write.
     """
 
     texts: dict[Level, Tensor]
     queries: Tensor
+    searches: Tensor
+
+
+def load_vectors(file: Path) -> Vectors:
+    """Read the vectors that fine-tuning wrote."""
+    found = load_file(file)
+    return Vectors({level: found[level] for level in LEVELS}, found["queries"], found["searches"])
 
 
 def build_joint(behaviour: Behaviour, vectors: Vectors, config: Finetune, names: Iterable[str]) -> trunk.Joint:
@@ -88,12 +97,17 @@ class Batches:
                 self.rows[name], max(int(of_product.max()), behaviour_rows(behaviour, level))
             )
             self.place[name] = self.place_of_level[name][of_product]
+        # search learns from a log where there is one
+        logged = len(behaviour.searches.of(TRAIN)) > 0
+        self.logged = {name for name, module in modules.items() if logged and module.TASK == "search"}
 
     def views(self, baskets: Ints, queries: Ints) -> dict[str, View]:
-        """Return the view of each sub-model on the same baskets and queries."""
+        """Return the view of each sub-model that learns from baskets on the same baskets and queries."""
         made: dict[bytes, View] = {}
         views = {}
         for name, place in self.place.items():
+            if name in self.logged:
+                continue
             key = place.tobytes()
             if key not in made:
                 made[key] = self.behaviour.view(baskets, queries, place, offers=self.levels[name] == "product")
@@ -156,9 +170,10 @@ class Trainer:
         for name, module in self.modules.items():
             _check_teacher(name, module.TEACHER, self.batches)
 
-    def prepare(self, baskets: Ints) -> None:
-        """Start biases from popularity, and feature scales from some baskets of the train period."""
+    def prepare(self, baskets: Ints, searches: Ints) -> None:
+        """Start biases from popularity, and feature scales from some baskets and searches of the train period."""
         views = self.batches.views(baskets, self.behaviour.queries(baskets))
+        views |= {name: self.behaviour.log_view(searches, self.batches.place[name]) for name in self.batches.logged}
         with torch.no_grad():
             for name, place in self.batches.place.items():
                 counts = np.bincount(place, self.behaviour.popularity, len(self.batches.rows[name]) + 1)[1:]
@@ -167,10 +182,11 @@ class Trainer:
                 if (view.items > 0).sum() > 1:
                     self.joint.head(name).repeat.standardise(torch.from_numpy(view.features[view.items > 0]))
 
-    def draw(self, chosen: Ints, sampled: int, rng: np.random.Generator) -> tuple[Any, ...]:
-        """Cut a batch: views, queries' vectors and columns of each level."""
+    def draw(self, chosen: Ints, searches: Ints, sampled: int, rng: np.random.Generator) -> tuple[Any, ...]:
+        """Cut a batch of baskets and searches of the log: views, queries' vectors and columns of each level."""
         queries = self.behaviour.queries(chosen, rng)
         views = self.batches.views(chosen, queries)
+        views |= {name: self.behaviour.log_view(searches, self.batches.place[name]) for name in self.batches.logged}
         ways = self.vectors.queries.shape[1]
         # half of the queries are written as the path is
         way = np.where(rng.random(len(chosen)) < 0.5, 0, rng.integers(0, ways, len(chosen)))
@@ -184,7 +200,9 @@ class Trainer:
                 for rows in (view.items.ravel(), view.bought.ravel())
             ]
             columns[level] = Columns.draw(named, size, sampled if level == "product" else size, rng)
-        return views, self.vectors.queries[queries, way], columns
+        text = dict.fromkeys(views, self.vectors.queries[queries, way])
+        text |= dict.fromkeys(self.batches.logged, self.vectors.searches[searches])
+        return views, text, columns
 
     def losses(self, batch: tuple[Any, ...]) -> dict[str, Tensor]:
         """Return the loss of each sub-model on a batch."""
@@ -203,12 +221,13 @@ class Trainer:
             weight = torch.from_numpy(columns[level].log_weight[kept[name]])
             bias = self.joint.bias[name][torch.from_numpy(own[kept[name]] - 1)]
             baked = self.joint.bake(name, some, bias, torch.from_numpy(columns[level].rows[kept[name]]))
-            asked = _tensors(seen[view.items], view.features, *_fewer(seen[view.offers], view.strengths), text)
+            asked = _tensors(seen[view.items], view.features, *_fewer(seen[view.offers], view.strengths), text[name])
             logits[name] = self.joint(name, baked, asked)
             # a column that was sampled stands for several
             weighted = logits[name] + nn.functional.pad(weight, (1, 0))
             right = torch.from_numpy(seen[view.answer(module.ANSWER)])
-            found[name] = listwise(weighted, right) + among_history(logits[name], asked.items, right)
+            gains = None if view.gains is None else torch.from_numpy(view.gains)
+            found[name] = listwise(weighted, right, gains) + among_history(logits[name], asked.items, right)
             if module.TEACHER is not None:
                 shared = torch.from_numpy(1 + np.searchsorted(kept[module.TEACHER], kept[name]))
                 target = (logits[module.TEACHER].detach()[:, shared] + weight).softmax(1)
@@ -253,15 +272,22 @@ def train_joint(
 ) -> dict[str, Any]:
     """Train the joint model in place on baskets of the train period."""
     trainer = Trainer(joint, behaviour, vectors, weights)
-    baskets = behaviour.baskets(TRAIN, fewest=10)
-    trainer.prepare(np.random.default_rng([config.seed, 3]).choice(baskets, min(512, len(baskets)), replace=False))
+    baskets, log = behaviour.baskets(TRAIN, fewest=10), behaviour.searches.of(TRAIN)
+    trainer.prepare(spread(baskets, 512), spread(log, 512))
     held = spread(behaviour.spread(VALIDATION, 1), profile.validation_examples)
+    asked = spread(behaviour.searches.of(VALIDATION), profile.validation_examples)
     rng = np.random.default_rng(config.seed)
-    fixed = [trainer.draw(part, 20_000, rng) for part in np.array_split(held, max(1, len(held) // 128))]
+    parts = max(1, max(len(held), len(asked)) // 128)
+    fixed = [
+        trainer.draw(part, some, 20_000, rng)
+        for part, some in zip(np.array_split(held, parts), np.array_split(asked, parts), strict=True)
+    ]
 
     def draw(step: int) -> tuple[Any, ...]:
         rng = np.random.default_rng([config.seed, 2, step])
-        return trainer.draw(rng.choice(baskets, profile.joint_batch), profile.joint_sampled, rng)
+        # a source may lack one of the two
+        chosen, some = (rng.choice(of, profile.joint_batch if len(of) else 0) for of in (baskets, log))
+        return trainer.draw(chosen, some, profile.joint_sampled, rng)
 
     # the next batch is cut while this one trains
     with ThreadPoolExecutor(1) as ahead:
@@ -289,27 +315,27 @@ def train_joint(
 
 
 class Listwise(torch.autograd.Function):
-    """Mean over requests of the mean over right answers of -log softmax.
+    """Mean over requests of the mean over right answers, weighted by their gains, of -log softmax.
 
-    Shapes: logits [B, R + 1], relevant [B, K] padded with 0. A request without a right answer counts nothing. Its own
-    gradient, for the derived one makes three more arrays of the logits' size.
+    Shapes: logits [B, R + 1], relevant [B, K] padded with 0, gains [B, K]. A request without a right answer counts nothing.
+    Its own gradient, for the derived one makes three more arrays of the logits' size.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, relevant: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, relevant: Tensor, gains: Tensor) -> Tensor:
         """Return the loss."""
-        right = (relevant != 0).to(logits.dtype)
-        weight = right / right.sum(1, keepdim=True).clamp(min=1) / right.any(1).sum().clamp(min=1)
+        right = torch.where(relevant != 0, gains, 0.0)
+        weight = right / right.sum(1, keepdim=True).clamp(min=1e-9) / (right > 0).any(1).sum().clamp(min=1)
         total = logits.logsumexp(1, keepdim=True)
         ctx.save_for_backward(logits, total, relevant, weight)
         return -((logits.gather(1, relevant) - total) * weight).sum()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         """Return softmax minus the right answers' shares."""
         logits, total, relevant, weight = ctx.saved_tensors
         grad = torch.sub(logits, total).exp_().mul_(weight.sum(1, keepdim=True))
-        return grad.scatter_add_(1, relevant, -weight).mul_(grads[0]), None
+        return grad.scatter_add_(1, relevant, -weight).mul_(grads[0]), None, None
 
 
 def among_history(logits: Tensor, items: Tensor, right: Tensor) -> Tensor:
@@ -324,7 +350,8 @@ def among_history(logits: Tensor, items: Tensor, right: Tensor) -> Tensor:
     return -(candidates.log_softmax(1) * weight).sum()
 
 
-def listwise(logits: Tensor, relevant: Tensor) -> Tensor:
-    """Return the loss of `Listwise`."""
-    loss: Tensor = Listwise.apply(logits, relevant)  # type: ignore[no-untyped-call]
+def listwise(logits: Tensor, relevant: Tensor, gains: Tensor | None = None) -> Tensor:
+    """Return the loss of `Listwise`; every right answer gains 1 unless told."""
+    worth = torch.ones_like(relevant, dtype=logits.dtype) if gains is None else gains
+    loss: Tensor = Listwise.apply(logits, relevant, worth)  # type: ignore[no-untyped-call]
     return loss

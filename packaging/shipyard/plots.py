@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-WIDTH = 400
+WIDTH = 372
 """Of a figure; two stand side by side on a page, one on a phone."""
 
 SIZE, SMALL = 12.5, 11.5
@@ -63,6 +63,7 @@ class Row:
     label: str
     note: str
     marks: tuple[Mark, ...]
+    strong: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,15 +99,16 @@ def dots(
     if not values:
         return ""
     # the text of a row is two lines when its name and its figures do not fit into one
-    texts = [len(row.label) + len(row.note) > 52 for row in rows]
+    texts = [(8.0 if row.strong else 6.6) * len(row.label) + 6.2 * len(row.note) > WIDTH - 8 for row in rows]
     tall = [16 * (1 + two) + 12 * len(row.marks) + 9 for row, two in zip(rows, texts, strict=True)]
     height = sum(tall) + 44
     with _figure(height) as figure:
-        axes = _axes(figure, 12, 12, 4, 40, height)
+        axes = _axes(figure, 5, 7, 2, 40, height)
         low, high = min(values), max(values)
         if log:
             axes.set_xscale("log")
             axes.minorticks_off()
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axes.set_xlim(low / 2, high * 2)
         else:
             # a part of a whole starts at 0, so that lengths can be compared
@@ -117,17 +119,18 @@ def dots(
         axes.set_ylim(sum(tall), 0)
         axes.set_yticks([])
         axes.xaxis.grid(True, color=COLOURS["rule"], linewidth=0.7)
-        if zero:
-            axes.axvline(0, color=COLOURS["ink"], linewidth=1)
-        if guide is not None:
-            axes.axvline(guide, color=COLOURS["model"], linewidth=1, alpha=0.55)
         y = 0.0
         for row, two, space in zip(rows, texts, tall, strict=True):
-            _words(axes, 0, y + 13, row.label)
-            if row.note:
-                _words(axes, 0 if two else 1, y + (29 if two else 13), row.note, "left" if two else "right", muted=True)
+            _words(axes, y + 13, row.label, "left", COLOURS["ink"], SIZE, "bold" if row.strong else "normal")
+            _words(axes, y + (28 if two else 13), row.note, "right", COLOURS["muted"], SMALL)
+            # beside the marks alone, not through the words
+            band = y + 16 * (1 + two) + 1, y + space - 4
+            if zero:
+                axes.vlines(0, *band, color=COLOURS["ink"], linewidth=1)
+            if guide is not None:
+                axes.vlines(guide, *band, color=COLOURS["model"], linewidth=1, alpha=0.55)
             for k, mark in enumerate(row.marks):
-                _mark(axes, mark, y + 16 * (1 + two) + 12 * k + 8)
+                _mark(axes, mark, band[0] + 12 * k + 7)
             y += space
         _axis(axes, axis)
         if not log:
@@ -157,6 +160,7 @@ def curves(name: str, label: str, series: Sequence[Series], *, axis: str, x_axis
             axes.plot(
                 x, y, linestyle="-", marker=shape if one.dots else "", markersize=4.5, linewidth=1.8 if one.dots else 1.1,
                 color=COLOURS[colour], markerfacecolor=COLOURS[colour if filled else "paper"],
+                clip_on=False,
             )  # fmt: skip
             at = axes.transData.transform((x[-1], y[-1]))[1]
             # names of curves that end close together are moved apart
@@ -169,7 +173,7 @@ def curves(name: str, label: str, series: Sequence[Series], *, axis: str, x_axis
         _axis(axes, x_axis)
         axes.locator_params(axis="x", nbins=6, integer=True)
         axes.locator_params(axis="y", nbins=6)
-        axes.text(-0.14, 1.03, axis, transform=axes.transAxes, color=COLOURS["muted"], fontsize=SMALL)
+        axes.text(-0.12, 1.03, axis, transform=axes.transAxes, color=COLOURS["muted"], fontsize=SMALL)
         return _svg(figure, name, label)
 
 
@@ -182,23 +186,22 @@ def reliability(name: str, label: str, predicted: Sequence[Any], observed: Seque
     ]
     if not table:
         return ""
-    height = 330
+    height = 340
     with _figure(height) as figure:
-        axes = _axes(figure, 42, 14, 22, 84, height)
+        axes = _axes(figure, 42, 14, 22, 96, height)
         bounds = [wilson(o, n) for _, o, n in table]
         most = min(1.0, 1.06 * max(max(p for p, _, _ in table), max(high for _, high in bounds)))
         axes.set_xlim(0, most)
         axes.set_ylim(0, most)
         axes.grid(True, color=COLOURS["rule"], linewidth=0.7)
         axes.plot([0, most], [0, most], color=COLOURS["muted"], linewidth=1)
-        axes.text(most * 0.975, most * 0.985, "as predicted", ha="right", va="top", rotation=0,
-                  color=COLOURS["muted"], fontsize=SMALL)  # fmt: skip
+        axes.text(most * 0.9, most, "as predicted", ha="right", va="top", color=COLOURS["muted"], fontsize=SMALL)
         for (p, o, _), (low, high) in zip(table, bounds, strict=True):
             axes.plot([p, p], [low, high], color=COLOURS["model"], linewidth=1.4)
             axes.plot(p, o, "o", markersize=5.5, color=COLOURS["model"])
         axes.text(-0.12, 1.03, "observed", transform=axes.transAxes, color=COLOURS["muted"], fontsize=SMALL)
         axes.set_xticklabels([])
-        below = _axes(figure, 42, 14, 252, 40, height)
+        below = _axes(figure, 42, 14, 262, 40, height)
         below.set_xlim(0, most)
         largest = max(n for _, _, n in table)
         below.set_ylim(0, largest * 1.1)
@@ -231,10 +234,10 @@ def _mark(axes: Axes, mark: Mark, y: float) -> None:
         )  # fmt: skip
 
 
-def _words(axes: Axes, x: float, y: float, text: str, side: str = "left", muted: bool = False) -> None:
+def _words(axes: Axes, y: float, text: str, side: str, colour: str, size: float, weight: str = "normal") -> None:
     axes.text(
-        x, y, text, transform=axes.get_yaxis_transform(), ha=side, va="baseline", fontsize=SMALL if muted else SIZE,
-        color=COLOURS["muted" if muted else "ink"],
+        0 if side == "left" else 1, y, text, transform=axes.get_yaxis_transform(), ha=side, va="baseline", fontsize=size,
+        color=colour, fontweight=weight,
     )  # fmt: skip
 
 
@@ -274,7 +277,7 @@ def _axis(axes: Axes, text: str) -> None:
 def _svg(figure: Figure, name: str, label: str) -> str:
     """Return the figure as an element of a page: no metadata, no fixed colours or fonts, ids of its own."""
     stream = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(stream, metadata={"Date": None, "Creator": None})
+    FigureCanvasSVG(figure).print_svg(stream, metadata={"Date": None})  # type: ignore[no-untyped-call]
     root = ElementTree.fromstring(stream.getvalue())  # noqa: S314 - written two lines above
     names = {colour: f"var(--{variable})" for variable, colour in COLOURS.items()}
     for parent in root.iter():

@@ -5,7 +5,7 @@ import functools
 import importlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +238,26 @@ class Line:
             "serve.server",
             "serve.fetch",
         )
+
+    def page(self) -> Path:
+        """Write the page of the figures, build/<profile>/report.html."""
+        record = {
+            "title": f"{self.fleet.project.name} {self.fleet.project.version}", "profile": self.profile_name,
+            "data": self.data.said, "finetune": self.finetune.said, "evaluate": self.evaluate.said,
+            "split": {name: self.split(name).said for name in self.names},
+            "quantise": {name: self.quantise(name).said for name in self.names},
+        }  # fmt: skip
+        page: Path = importlib.import_module("shipyard.report").report(record, self.build / "report.html")
+        return page
+
+    def compare(self, methods: Sequence[str]) -> tuple[Path, dict[str, Any]]:
+        """Tune the text tower by each method; return the page build/<profile>/compare/compare.html and its record."""
+        module = importlib.import_module("shipyard.compare")
+        found: tuple[Path, dict[str, Any]] = module.compare(
+            self.fleet.finetune, self.profile, self.profile_name, self.past, self.base, self.base_sha256, methods,
+            self.build, self.watch, self.report,
+        )  # fmt: skip
+        return found
 
     def units(self) -> tuple[str, ...]:
         """Everything that is bundled."""

@@ -25,22 +25,25 @@ STYLE = """
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,
 "Noto Sans","Noto Sans CJK SC","PingFang SC","Microsoft YaHei",sans-serif;overflow-wrap:break-word}
-main{max-width:54rem;margin:0 auto;padding:1.5rem 1rem 4rem}
+main{max-width:60rem;margin:0 auto;padding:1.5rem 1rem 4rem}
 h1{font-size:1.75rem;line-height:1.2;margin:1rem 0 .25rem}h2{font-size:1.3rem;margin:3rem 0 .5rem;padding-top:.75rem;
 border-top:1px solid var(--rule)}h3{font-size:1rem;margin:0 0 .25rem}p{margin:.5rem 0;max-width:44rem}
 .lead{color:var(--muted)}nav{margin:1rem 0;font-size:.9rem;line-height:1.9}nav a{margin-right:1.1rem;white-space:nowrap}
 a{color:var(--model)}ul{padding-left:1.2rem;max-width:44rem}li{margin:.2rem 0}
+.grid>*{min-width:0}.grid .caption{margin-top:0}.grid td,.grid th{padding-right:.6rem}
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr));gap:1.75rem 2rem;margin:1.25rem 0}
-figure{margin:0;min-width:0;break-inside:avoid}figure svg{display:block;width:100%;max-width:400px;height:auto;
-font-family:inherit;font-variant-numeric:tabular-nums;stroke-linejoin:round;stroke-linecap:butt}
-figcaption{font-size:.85rem;color:var(--muted);line-height:1.4;margin-top:.3rem;max-width:25rem}
+figure{margin:0;min-width:0;break-inside:avoid}figure svg{display:block;width:100%;max-width:410px;height:auto;
+overflow:visible;font-family:inherit;font-variant-numeric:tabular-nums;stroke-linejoin:round;stroke-linecap:butt}
+figure svg text{paint-order:stroke;stroke:var(--paper);stroke-width:3px}
+figcaption{font-size:.85rem;color:var(--muted);line-height:1.4;margin-top:.4rem;max-width:26rem}
 .key{font-size:.85rem;margin:0 0 .3rem;display:flex;flex-wrap:wrap;gap:0 1rem}
 .model{color:var(--model)}.baseline{color:var(--baseline)}.before{color:var(--before)}.third{color:var(--third)}
-.table{overflow-x:auto;margin:1rem 0}table{border-collapse:collapse;font-size:.875rem;line-height:1.35;
-font-variant-numeric:tabular-nums;min-width:100%}caption{text-align:left;color:var(--muted);padding:0 0 .4rem}
-th,td{text-align:left;vertical-align:top;padding:.35rem .9rem .35rem 0;border-bottom:1px solid var(--rule)}
-th{font-weight:600}thead th{color:var(--muted);font-weight:500;vertical-align:bottom}.n{text-align:right;white-space:nowrap}
-.w{min-width:11rem}small{color:var(--muted);font-size:.8125rem}
+.table{overflow-x:auto;margin:0 0 1rem}table{border-collapse:collapse;font-size:.875rem;line-height:1.35;
+font-variant-numeric:tabular-nums;min-width:100%}
+.caption{font-size:.875rem;line-height:1.4;color:var(--muted);margin:1rem 0 .3rem}
+th,td{text-align:left;vertical-align:top;padding:.35rem .75rem .35rem 0;border-bottom:1px solid var(--rule)}
+th{font-weight:400}thead th{color:var(--muted);vertical-align:bottom}.n{text-align:right;white-space:nowrap}
+.w{min-width:11rem}small{color:var(--muted);font-size:.93em}
 @media print{:root{color-scheme:light;--paper:#fff;--ink:#000;--muted:#444;--rule:#ccc;--model:#0b62a4;--baseline:#b35300;
 --before:#666;--third:#7a3f80}body{font-size:10.5pt}main{max-width:none;padding:0}nav{display:none}
 h2{break-after:avoid;margin-top:1.5rem}.table{overflow:visible}tr{break-inside:avoid}table{font-size:8.5pt}
@@ -59,6 +62,10 @@ GLYPHS: dict[Kind, str] = {
 VERDICTS: dict[Kind, str] = {"better": "better", "worse": "worse", "even": "not told apart"}
 LEVEL = {"product": "products", "type": "product types", "category": "categories"}
 BANDS = "Bars are 95 % intervals from a bootstrap over households."
+
+
+NONE = "\u2013"
+"""What stands for a figure that is not recorded."""
 
 
 class Html(str):
@@ -119,7 +126,8 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], word
         kind = "w" if k in words and k > 0 else "" if k in words else "n"
         scope = "" if tag == "td" else ' scope="row"' if kind == "" and tag == "th-row" else ' scope="col"'
         tag = tag.partition("-")[0]
-        return f"<{tag}{scope}{f' class={kind}' if kind else ''}>{_text(text)}</{tag}>"
+        style = f' class="{kind}"' if kind else ""
+        return f"<{tag}{scope}{style}>{_text(text)}</{tag}>"
 
     top = "".join(cell(k, text, "th") for k, text in enumerate(head))
     lines = "".join(
@@ -128,8 +136,8 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], word
     )
     named = html.escape(caption, quote=True)
     return Html(
-        f'<div class="table" role="region" aria-label="{named}" tabindex="0"><table><caption>{_text(caption)}</caption>\n'
-        f"<thead><tr>{top}</tr></thead>\n<tbody>{lines}</tbody></table></div>\n"
+        f'<div><p class="caption">{_text(caption)}</p>\n<div class="table" role="region" aria-label="{named}" tabindex="0">'
+        f"<table><thead><tr>{top}</tr></thead>\n<tbody>{lines}</tbody></table></div></div>\n"
     )
 
 
@@ -138,10 +146,8 @@ def figure(title: str, svg: str, caption: str, key: Sequence[tuple[Kind, str]] =
     if not svg:
         return Html("")
     marks = "".join(f'<span class="{plots.SHAPES[kind][0]}">{GLYPHS[kind]} {_text(text)}</span>' for kind, text in key)
-    return Html(
-        f"<figure><h3>{_text(title)}</h3>{f'<p class=key>{marks}</p>' if marks else ''}{svg}"
-        f"<figcaption>{_text(caption)}</figcaption></figure>\n"
-    )
+    line = f'<p class="key">{marks}</p>' if marks else ""
+    return Html(f"<figure><h3>{_text(title)}</h3>{line}{svg}<figcaption>{_text(caption)}</figcaption></figure>\n")
 
 
 def grid(*figures: str) -> Html:
@@ -164,7 +170,7 @@ def _text(text: str) -> str:
 def number(value: Any, form: str = ".3f") -> str:
     """Return a number as text with a true minus; a dash for none."""
     found = finite(value)
-    return "–" if found is None else format(found, form).replace("-", "\u2212")
+    return NONE if found is None else format(found, form).replace("-", "\u2212")
 
 
 def whole(value: Any) -> str:
@@ -195,9 +201,15 @@ def judge(over: Any) -> Kind | None:
     return "better" if found.low > 0 else "worse" if found.high < 0 else "even"
 
 
+def _stacked(record: Any, form: str = ".3f", more: str = "") -> Html:
+    """Return a value with its interval below it."""
+    value, _, bounds = between(record, form).partition(" ")
+    return Html(f"{value}{_text(more)}<br><small>{bounds}</small>")
+
+
 def _size(count: Any) -> str:
     found = finite(count)
-    return "–" if found is None else f"{found / 1e6:.1f} MB" if found >= 1e5 else f"{found / 1e3:.1f} kB"
+    return NONE if found is None else f"{found / 1e6:.1f} MB" if found >= 1e5 else f"{found / 1e3:.1f} kB"
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -230,30 +242,44 @@ def verdict(scores: Mapping[str, Any], fusion: Mapping[str, Any] | None) -> str:
             f"The fusion ({fusion.get('method')}) is {told} its best single source, {fusion.get('best_single')}: "
             f"{between(fusion.get('over_best_single'), '+.3f')}."
         )
+    for name, score in scores.items():
+        baselines = {rule: finite(found.get("value")) for rule, found in (score.get("baselines") or {}).items()}
+        known = {rule: value for rule, value in baselines.items() if value is not None}
+        highest = max(known, key=lambda rule: known[rule], default=None)
+        chosen = score.get("baseline_name")
+        if highest is not None and chosen in known and known[highest] > known[chosen]:
+            lines.append(
+                f"{name}: on the test, {highest} is higher ({number(known[highest])}) than the baseline that validation "
+                f"chose, {chosen} ({number(known[chosen])})."
+            )
     rows = []
     for name, score in scores.items():
         relative = (score.get("over_baseline") or {}).get("relative") or {}
         part = f" ({number(relative.get('value'), '+.1%')})" if finite(relative.get("value")) is not None else ""
         rows.append([
-            Html(f"{_text(name)}<br><small>ranks {_text(LEVEL.get(score.get('level', ''), 'rows'))}; "
+            Html(f"<b>{_text(name)}</b><br><small>ranks {_text(LEVEL.get(score.get('level', ''), 'rows'))}; "
                  f"{whole(score.get('examples'))} baskets</small>"),
-            Html(f"{_text(str(score.get('baseline_name', '–')))}<br><small>{between(score.get('baseline'))}</small>"),
+            Html(f"{_text(str(score.get('baseline_name', NONE)))}<br><small>{between(score.get('baseline'))}</small>"),
             number((score.get("before") or {}).get("value")),
-            between(score.get("after")),
-            f"{between(score.get('over_baseline'), '+.3f')}{part}",
-            VERDICTS.get(judged[name] or "before", "–"),
+            _stacked(score.get("after")),
+            _stacked(score.get("over_baseline"), "+.3f", part),
+            VERDICTS.get(judged[name] or "before", NONE),
         ])  # fmt: skip
-    overview = [
-        Row(
-            name,
-            between(score.get("over_baseline"), "+.3f"),
-            (mark(score.get("over_baseline"), judged[name] or "even"),),
-        )
-        for name, score in scores.items()
-    ]
     metric = _metric(next(iter(scores.values())))
-    svg = dots("all", f"Difference of {metric} over the strongest baseline, by sub-model. " + _told(overview), overview,
-               axis=f"{metric}, difference over the strongest baseline", zero=True)  # fmt: skip
+    overview = []
+    for key, title, caption in (
+        ("over_baseline", "Over the strongest baseline", "Right of the line the released model is better. Only an interval "
+         "that stays clear of the line tells the two apart."),
+        ("over_before", "Over the untuned model", "What fine-tuning brought: it starts from the pretrained encoder under "
+         "untrained heads."),
+    ):  # fmt: skip
+        found = [
+            Row(name, between(score.get(key), "+.3f"), (mark(score.get(key), judge(score.get(key)) or "even"),))
+            for name, score in scores.items()
+        ]
+        svg = dots(key.replace("_", "-"), f"{title}: difference of {metric} by sub-model. {_told(found)}", found,
+                   axis=f"difference of {metric}", zero=True)  # fmt: skip
+        overview.append(figure(title, svg, caption, _JUDGED))
     return (
         "<ul>" + "".join(f"<li>{_text(line)}</li>" for line in lines) + "</ul>\n"
         + table(
@@ -261,8 +287,7 @@ def verdict(scores: Mapping[str, Any], fusion: Mapping[str, Any] | None) -> str:
             "bootstrap over households, differences are paired.",
             ("sub-model", "strongest baseline", "before", "after", "over the baseline", "verdict"), rows, (0, 1),
         )
-        + grid(figure("Over the strongest baseline", svg, "Right of the line the released model is better. Only an "
-                      "interval that stays clear of the line tells the two apart.", _JUDGED))
+        + grid(*overview)
     )  # fmt: skip
 
 
@@ -281,24 +306,26 @@ def _told(rows: Sequence[Row]) -> str:
 def _submodel(name: str, score: Mapping[str, Any]) -> str:
     metric, best = _metric(score), str(score.get("baseline_name", ""))
     level, count = LEVEL.get(score.get("level", ""), "rows"), whole(score.get("examples"))
-    lead = f"Ranks {level}. Judged on {count} baskets of {whole(score.get('households'))} households."
+    lead = f"Ranks {level}. Judged on {count} examples of {whole(score.get('households'))} households."
     baselines = score.get("baselines") or {}
     at = finite((score.get("after") or {}).get("value"))
     ordered = sorted(baselines.items(), key=lambda item: finite(item[1].get("value")) or 0)
     rows = [Row("before fine-tuning", between(score.get("before")), (mark(score.get("before"), "before"),))]
-    rows += [
-        Row(rule + (" (strongest)" if rule == best else ""), between(found), (mark(found, "baseline"),))
-        for rule, found in ordered
-    ]
+    rows += [Row(rule, between(found), (mark(found, "baseline"),), strong=rule == best) for rule, found in ordered]
     rows.append(Row("released model", between(score.get("after")), (mark(score.get("after"), "model"),)))
     levels = figure(
         "Before, after and the baselines",
         dots(f"{name}-levels", f"{metric} with 95 % intervals. " + _told(rows), rows, axis=metric, guide=at),
-        f"{BANDS} The strongest baseline is the one that was best on validation, not on this test.",
+        f"{BANDS} In bold the strongest baseline, which is the one that was best on validation, not on this test.",
         (("before", "before"), ("baseline", "baseline"), ("model", "released")),
     )
     rows = [
-        Row(rule, between(found.get("over"), "+.3f"), (mark(found.get("over"), judge(found.get("over")) or "even"),))
+        Row(
+            rule,
+            between(found.get("over"), "+.3f"),
+            (mark(found.get("over"), judge(found.get("over")) or "even"),),
+            strong=rule == best,
+        )
         for rule, found in ordered
     ]
     over = figure(
@@ -311,8 +338,8 @@ def _submodel(name: str, score: Mapping[str, Any]) -> str:
     return (
         paragraph(lead)
         + grid(levels, over, *_slices(name, score), _queries(name, score.get("queries") or {}, metric),
-               _calibration(name, score.get("calibration") or {}))
-        + _figures(score) + _classes(score.get("report") or {})
+               _calibration(name, score.get("calibration") or {}), _figures(score))
+        + _classes(score.get("report") or {})
     )  # fmt: skip
 
 
@@ -329,6 +356,7 @@ def _slices(name: str, score: Mapping[str, Any]) -> list[Html]:
             "the shopper, and most such places are lost to both.",
         ),
     }
+    lines |= {f"By {key}": (groups, "") for key, groups in parts.items() if key not in ("history", "items")}
     found = []
     for k, (title, (groups, caption)) in enumerate(lines.items()):
         rows = [
@@ -338,7 +366,7 @@ def _slices(name: str, score: Mapping[str, Any]) -> list[Html]:
         ]  # fmt: skip
         svg = dots(f"{name}-slice{k}", f"{title}: {metric} of the model and its strongest baseline; figures are the "
                    "difference and the number of baskets. " + _told(rows), rows, axis=metric)  # fmt: skip
-        text = f"{caption} Figures: paired difference with its interval, number of baskets."
+        text = f"{caption} Figures: paired difference with its interval, number of baskets.".strip()
         found.append(figure(title, svg, text, (("model", "released"), ("baseline", "strongest baseline"))))
     return found
 
@@ -368,8 +396,9 @@ def _calibration(name: str, record: Mapping[str, Any]) -> Html:
     )  # fmt: skip
     return figure(
         "Calibration of the first ten places", svg,
-        f"Points on the line mean what they say. Calibrated by {record.get('method', '–')} on validation: expected error "
-        f"{error}, uncalibrated {raw}; Brier {number(record.get('brier'))}. Bars are binomial 95 % intervals of a bin.",
+        f"Points on the line mean what they say. Calibrated by {record.get('method', NONE)} on validation: expected error "
+        f"{error}, uncalibrated {raw}; Brier {number(record.get('brier'))}. Upright lines are binomial 95 % "
+        "intervals of a bin.",
     )  # fmt: skip
 
 
@@ -377,8 +406,8 @@ def _figures(score: Mapping[str, Any]) -> Html:
     """Return the table of all metrics."""
     rival = score.get("baseline_metrics") or {}
     rows = [
-        [metric.replace("ndcg", "nDCG").replace("mrr", "MRR").replace("auc", "AUC").replace("_", " "), between(found),
-         between(rival.get(metric))]
+        [metric.replace("ndcg", "nDCG").replace("mrr", "MRR").replace("auc", "AUC").replace("_", " "),
+         between(found, ".4f" if metric == "auc" else ".3f"), between(rival.get(metric))]
         for metric, found in (score.get("metrics") or {}).items()
     ]  # fmt: skip
     return table(
@@ -392,7 +421,7 @@ def _classes(record: Mapping[str, Any]) -> str:
         return ""
     columns = ("precision", "recall", "f1")
     rows = [
-        [str(one.get("name", "–")), whole(one.get("support")), *(number(one.get(column), ".2f") for column in columns)]
+        [str(one.get("name", NONE)), whole(one.get("support")), *(number(one.get(column), ".2f") for column in columns)]
         for one in record.get("classes") or ()
     ]
     means = [
@@ -424,22 +453,22 @@ def _fusion(record: Mapping[str, Any]) -> str:
     lines = [[label, number(found.get("validation")), between(found.get("test"))] for label, found, _ in parts]
     return (
         paragraph(
-            f"The answers of {_listed(list(map(str, record.get('sources') or ())))} to the same {whole(record.get('examples'))} "
-            f"searches. Released is {chosen}, which was best on validation; over {best} alone it is "
-            f"{between(record.get('over_best_single'), '+.4f')} on the test."
+            f"The answers of {_listed(list(map(str, record.get('sources') or ())))} to the same "
+            f"{whole(record.get('examples'))} searches. Released is {chosen}, which was best on validation; over {best} "
+            f"alone it is {between(record.get('over_best_single'), '+.4f')} on the test."
         )
         + grid(figure("Single sources and fusions", svg, f"{BANDS} Methods are chosen on validation, shown is the test.",
-                      (("baseline", "single source"), ("third", "fusion"), ("model", "released fusion"))))
-        + table("nDCG@10", ("source or method", "validation", "test"), lines)
+                      (("baseline", "single source"), ("third", "fusion"), ("model", "released fusion"))),
+               table("nDCG@10 by source and method.", ("source or method", "validation", "test"), lines))
     )  # fmt: skip
 
 
 PHASES = {
     "mlm": ("Masked words", "cross entropy, nats", "Fills in hidden words of product texts and baskets."),
-    "tower": ("Text tower", "contrastive loss", "A query finds its product among the batch's; batches differ in size from "
-              "validation's, so do the levels of the curves."),
-    "joint": ("Joint model", "weighted sum of losses", "All sub-models at once; fewer sampled products in training "
-              "than in validation make its loss lower."),
+    "tower": ("Text tower", "contrastive loss", "A query finds its product among the batch's. Validation's batches are "
+              "larger, which makes its loss higher: look at the course of each curve."),
+    "joint": ("Joint model", "weighted sum of losses", "All sub-models at once. Training and validation sample products "
+              "in different numbers: look at the course of each curve."),
 }  # fmt: skip
 
 
@@ -466,7 +495,11 @@ def _training(record: Mapping[str, Any]) -> str:
         if not found:
             continue
         best, steps = whole(found.get("best_step")), whole(found.get("steps"))
-        at = f"The ring marks the best step, {best} of {steps}, whose weights are kept."
+        # AdaLoRA's ranks belong to its last step
+        last = phase == "tower" and record.get("method") == "adalora"
+        at = f"The ring marks the best step, {best} of {steps}" + (
+            "; the last is kept." if last else ", which is kept."
+        )
         alt = f"{title}: {axis} by step; best on validation at step {best} of {steps}."
         figures.append(
             figure(title, plots.curves(f"curve-{phase}", alt, learning(found), axis=axis), f"{at} {caption}")
@@ -490,15 +523,28 @@ def _training(record: Mapping[str, Any]) -> str:
     text = "; ".join(moved)
     joint = (record.get("joint") or {}).get("validation_loss") or {}
     return (
-        grid(*figures)
+        grid(*figures, table("Validation loss of each sub-model at the end of joint training.", ("sub-model", "loss"),
+                             [[name, number(loss)] for name, loss in joint.items()]))
         + table("Phases of training. Loss is the mean of the first and of the last tenth of the steps; memory the process's "
                 "peak up to then.", ("phase", "steps", "best step", "training loss", "validation loss",
                                      "parameters trained", "seconds", "peak MB"), rows)
         + paragraph(f"{text[:1].upper()}{text[1:]}." if text else "")
         + _ranks(tower.get("ranks") or {})
-        + table("Validation loss of each sub-model at the end of joint training.", ("sub-model", "loss"),
-                [[name, number(loss)] for name, loss in joint.items()])
+        + _balance(record.get("balance") or {})
     )  # fmt: skip
+
+
+def _balance(record: Mapping[str, Any]) -> Html:
+    """Return by what each head's terms were scaled after training."""
+    rows = [
+        [name, ", ".join(f"{term} {number(factor, '.2f')}" for term, factor in (found.get("factors") or {}).items()),
+         number(found.get("before")), number(found.get("after"))]
+        for name, found in record.items()
+    ]  # fmt: skip
+    caption = (
+        "Terms of each head, scaled after training for nDCG@10 on validation, which is also where they are chosen."
+    )
+    return table(caption, ("sub-model", "factors", "before", "after"), rows, (0, 1))
 
 
 def _ranks(ranks: Mapping[str, Any]) -> Html:
@@ -526,14 +572,14 @@ def _sizes(split: Mapping[str, Any], quantised: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     cuts = [
         [name, whole(cut.get("rows")), whole(cut.get("parameters_own")), whole(cut.get("parameters_shared")),
-         number(cut.get("error"), ".0e") if cut.get("error") else "0" if cut.get("error") == 0 else "–"]
+         number(cut.get("error"), ".0e") if cut.get("error") else "0" if cut.get("error") == 0 else NONE]
         for name, cut in split.items()
     ]  # fmt: skip
     forms = []
     for name, found in quantised.items():
         form = found.get("form") or {}
         forms.append([
-            name, str(form.get("precision", "–")), _size(form.get("bytes")), number(form.get("order"), ".1%"),
+            name, str(form.get("precision", NONE)), _size(form.get("bytes")), number(form.get("order"), ".1%"),
             number(form.get("parity"), ".0e"), number(form.get("loss"), "+.2%"),
             f"{number(found.get('fp32_latency_ms'), '.2f')} → {number(form.get('latency_ms'), '.2f')}",
         ])  # fmt: skip
@@ -542,10 +588,11 @@ def _sizes(split: Mapping[str, Any], quantised: Mapping[str, Any]) -> str:
     return (
         grid(figure("Own and shared parameters", svg, "Own is the head and the bias of a row; shared is what comes from the "
                     "trunk: item vectors, the encoder of histories, for search the text tower.",
-                    (("model", "own"), ("baseline", "shared"))))
-        + table("The cut: error is the largest difference of a logit from the joint model's, as a part of the largest.",
-                ("sub-model", "rows", "parameters, own", "parameters, shared", "error"), cuts)
-        + table("The form that is served, against fp32 on validation; latency is the median of single requests, fp32 → form.",
+                    (("model", "own"), ("baseline", "shared"))),
+               table("Rows, parameters own and shared; the error of the cut is the largest difference of a logit from the "
+                     "joint model's, as a part of the largest.", ("sub-model", "rows", "own", "shared", "error"), cuts))
+        + table("The form that is served, against fp32 on validation; latency is the median of single requests, in "
+                "both.",
                 ("sub-model", "precision", "size", "same top 10", "logits' error", "metric lost", "latency, ms"), forms)
     )  # fmt: skip
 
@@ -558,8 +605,8 @@ def _data(record: Mapping[str, Any]) -> str:
     rules = []
     for rule in record.get("report") or ():
         lines, of = finite(rule.get("lines")), finite(rule.get("of"))
-        share = number(lines / of, ".2%") if lines is not None and of else "–"
-        rules.append([str(rule.get("rule", "–")), str(rule.get("table", "")), whole(lines), whole(of), share,
+        share = number(lines / of, ".2%") if lines is not None and of else NONE
+        rules.append([str(rule.get("rule", NONE)), str(rule.get("table", "")), whole(lines), whole(of), share,
                       str(rule.get("note") or "")])  # fmt: skip
     return (
         paragraph(f"After cleaning: {flat}." if flat else "")
@@ -573,8 +620,8 @@ def _data(record: Mapping[str, Any]) -> str:
 # --- ways of fine-tuning, compared -----------------------------------------------------------------------------------
 
 COMPARED = ("method", "validation loss", "nDCG@10 [95 %]", "MRR", "misspelt", "paraphrased", "parameters", "adapter",
-            "merged", "seconds", "peak memory")  # fmt: skip
-ASKED = ("as the category is written", "misspelt", "paraphrased")
+            "merged", "seconds", "peak MB")  # fmt: skip
+ASKED = ("as written", "misspelt", "paraphrased")
 KINDS: tuple[Kind, ...] = ("model", "baseline", "third")
 
 
@@ -584,15 +631,14 @@ def comparison_lines(record: Mapping[str, Any]) -> list[list[str]]:
     for name, said in {"none": record.get("start") or {}, **(record.get("methods") or {})}.items():
         tower, found = said.get("tower") or {}, said.get("retrieval") or {}
         written = found.get(ASKED[0]) or {}
-        mb = f"{whole(tower.get('memory_mb'))} MB" if finite(tower.get("memory_mb")) is not None else "–"
         lines.append([
             name,
-            f"{number(tower.get('validation_before'))} → {number(tower.get('validation_after'))}" if tower else "–",
+            f"{number(tower.get('validation_before'))} → {number(tower.get('validation_after'))}" if tower else NONE,
             between(written.get("ndcg@10")),
             number((written.get("mrr") or {}).get("value")),
             *(number(((found.get(kind) or {}).get("ndcg@10") or {}).get("value")) for kind in ASKED[1:]),
             whole(tower.get("parameters_trained")), _size(said.get("adapter_bytes")), _size(said.get("merged_bytes")),
-            number(tower.get("seconds"), ".0f") + ("*" if tower.get("resumed") else ""), mb,
+            number(tower.get("seconds"), ".0f") + ("*" if tower.get("resumed") else ""), whole(tower.get("memory_mb")),
         ])  # fmt: skip
     return lines
 
@@ -618,13 +664,18 @@ def comparison_words(record: Mapping[str, Any]) -> list[str]:
 def comparison_note(record: Mapping[str, Any]) -> str:
     """Say what the figures of a comparison are of."""
     texts, of = record.get("texts"), record.get("texts_of")
-    some = f"a fixed sample of {whole(texts)} of {whole(of)} texts, the right ones among them," if texts != of else (
+    some = f"a fixed sample of {whole(texts)} of {whole(of)} texts, the right ones among them" if texts != of else (
         f"all {whole(of)} texts of the catalogue")  # fmt: skip
     resumed = any((said.get("tower") or {}).get("resumed") for said in (record.get("methods") or {}).values())
+    query, right = (
+        ("a search of the log", "are the products that answer it, by their grades")
+        if record.get("logged")
+        else ("the category path of a product that was bought", "is the text of what was bought of that path")
+    )
     return (
-        f"Validation alone: {whole(record.get('queries'))} queries, each the category path of a product that was bought, ranked "
-        f"over {some} right is the text of what was bought of that path. Same data, seed and steps for each method; each in a "
-        "process of its own, whose peak of memory is that of training. Adapter: parameters trained, 4 bytes each."
+        f"Validation alone: {whole(record.get('queries'))} queries, each {query}, ranked over {some}; right {right}. "
+        "Same data, seed and most steps for each method; "
+        "each in a process of its own, whose peak of memory is that of training. Adapter: parameters trained, 4 bytes each."
         + (" * went on after a stop: seconds and memory are of the last part." if resumed else "")
     )
 
@@ -663,7 +714,7 @@ def comparison(record: Mapping[str, Any], out: Path) -> Path:
                 (mark(part.get("ndcg@10"), kinds.get(name, "before")),))
             for name, part in parts if part
         ]  # fmt: skip
-        queries = whole(parts[-1][1].get("examples")) if parts else "–"
+        queries = whole(parts[-1][1].get("examples")) if parts else NONE
         figures.append(figure(
             f"Queries {kind}", dots(f"asked{k}", f"nDCG@10 of queries {kind}. {_told(rows)}", rows, axis="nDCG@10"),
             f"{queries} queries. {BANDS}",
@@ -688,5 +739,5 @@ def comparison(record: Mapping[str, Any], out: Path) -> Path:
         ("figures", "Figures", grid(*figures)),
         ("ranks", "Ranks", ranks),
     ]  # fmt: skip
-    write(out, page("Ways to tune the text tower", f"Profile {record.get('profile', '–')}", sections))
+    write(out, page("Ways to tune the text tower", f"Profile {record.get('profile', NONE)}", sections))
     return out

@@ -42,7 +42,7 @@ def split(
     alone = joint.cut(name, tower)
     examples = Examples(behaviour, VALIDATION, 64, (name,)).of(name)
     view = examples.view(slice(None))
-    query_ids, query_mask = tokenise(tokenizer, [behaviour.paths[query] for query in examples.queries])
+    query_ids, query_mask = tokenise(tokenizer, examples.words)
     with torch.inference_mode():
         asked = request(view, tower(query_ids, query_mask))
         given = {"query_ids": query_ids, "query_mask": query_mask, **{i: getattr(asked, i) for i in REQUEST}}

@@ -7,6 +7,7 @@ text.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def train_tower(
     """
     steps = profile.tower_steps
     held = _contrast_of(
-        behaviour, tower, tokenizer, _pairs(behaviour, VALIDATION, HELD_PAIRS, np.random.default_rng(config.seed)), None
+        behaviour, tower, tokenizer, _pairs(behaviour, VALIDATION, HELD_PAIRS, np.random.default_rng(config.seed))
     )
     with torch.inference_mode():
         before = float(held())
@@ -83,8 +84,8 @@ def train_tower(
 
     def loss_of(step: int) -> Tensor:
         rng = np.random.default_rng([config.seed, 1, step])
-        rows = _pairs(behaviour, TRAIN, profile.tower_batch // 2, rng)
-        loss = _contrast_of(behaviour, tower, tokenizer, rows, rng)()
+        pairs = _pairs(behaviour, TRAIN, profile.tower_batch // 2, rng, blurred=True)
+        loss = _contrast_of(behaviour, tower, tokenizer, pairs)()
         return loss + 0.1 * _orthogonality(adapted) if config.method == "adalora" else loss
 
     def after(step: int) -> None:
@@ -164,21 +165,28 @@ def pretrain(
     return Training("mlm", model, groups, steps, loss_of, held, every=max(1, steps // 5)).run(out, progress)
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """Queries and product texts that belong together, `groups` [n] that are no negatives of each other, and how many texts
+    at the start have been bought with as many that follow."""
+
+    queries: list[str]
+    texts: Ints
+    groups: Ints
+    together: int
+
+
 def _contrast_of(
-    behaviour: Behaviour, tower: trunk.TextTower, tokenizer: PreTrainedTokenizerBase, rows: Ints,
-    rng: np.random.Generator | None,
-) -> Callable[[], Tensor]:  # fmt: skip
-    """Return the contrastive loss over pairs of products [2, n] as a function; `rng` blurs the queries."""
-    flat = rows.reshape(-1)
-    texts, paths = behaviour.text_of_row[flat - 1], behaviour.path_of_row[flat]
-    queries = [behaviour.paths[p] if rng is None else blur(behaviour.paths[p], rng) for p in paths]
-    wanted, found = tokenise(tokenizer, queries), tokenise(tokenizer, [behaviour.texts[t] for t in texts])
-    half = len(flat) // 2
+    behaviour: Behaviour, tower: trunk.TextTower, tokenizer: PreTrainedTokenizerBase, pairs: Pairs
+) -> Callable[[], Tensor]:
+    """Return the contrastive loss over pairs as a function."""
+    wanted, found = tokenise(tokenizer, pairs.queries), tokenise(tokenizer, [behaviour.texts[t] for t in pairs.texts])
+    texts, n = pairs.texts, pairs.together
 
     def loss() -> Tensor:
         query, item = tower(*wanted), tower(*found)
-        together = _contrast(item[:half] @ item[half:].T, texts[:half], texts[half:])
-        return _contrast(query @ item.T, paths, paths) + 0.3 * together
+        value = _contrast(query @ item.T, pairs.groups, texts)
+        return value + 0.3 * _contrast(item[:n] @ item[n : 2 * n].T, texts[:n], texts[n : 2 * n]) if n else value
 
     return loss
 
@@ -247,18 +255,37 @@ def _several(behaviour: Behaviour, period: int) -> Ints:
     return baskets[found]
 
 
-def _pairs(behaviour: Behaviour, period: int, n: int, rng: np.random.Generator) -> Ints:
-    """Draw n baskets of a period and two different products of each: rows [2, n]."""
-    chosen = rng.choice(_several(behaviour, period), n)
-    start, size = behaviour.start[chosen], np.diff(behaviour.start)[chosen]
-    first = rng.integers(0, size)
-    second = (first + rng.integers(1, size)) % size
-    return behaviour.row[np.stack([start + first, start + second])]
+def _pairs(behaviour: Behaviour, period: int, n: int, rng: np.random.Generator, *, blurred: bool = False) -> Pairs:
+    """Draw n baskets of a period with two different products of each, and as many searches of the log where there is one.
+
+    The query of a bought product is its category path, blurred if asked for.
+    """
+    queries: list[str] = []
+    rows, groups, together = np.zeros(0, np.int64), np.zeros(0, np.int64), 0
+    baskets, log = _several(behaviour, period), behaviour.searches.of(period)
+    if len(baskets):
+        chosen = rng.choice(baskets, n)
+        start, size = behaviour.start[chosen], np.diff(behaviour.start)[chosen]
+        first = rng.integers(0, size)
+        second = (first + rng.integers(1, size)) % size
+        rows, together = behaviour.row[np.r_[start + first, start + second]], n
+        groups = behaviour.path_of_row[rows]
+        queries = [behaviour.paths[p] for p in groups]
+        queries = [blur(query, rng) for query in queries] if blurred else queries
+    if len(log):
+        asked = rng.choice(log, n if together else 2 * n)
+        answers, gains = behaviour.searches.answers(asked)
+        # one of the best answers of each
+        found = [int(rng.choice(rows_[gain == gain.max()])) for rows_, gain in zip(answers, gains, strict=True)]
+        rows = np.r_[rows, found]
+        groups = np.r_[groups, len(behaviour.paths) + asked]
+        queries += [behaviour.searches.text[query] for query in asked]
+    return Pairs(queries, behaviour.text_of_row[rows - 1], groups, together)
 
 
 def _contrast(similarity: Tensor, left: Ints, right: Ints) -> Tensor:
-    """Return InfoNCE both ways over similarity [n, n]; other pairs with equal ids are no negatives."""
-    same = torch.from_numpy(left[:, None] == right[None, :]) & ~torch.eye(len(left), dtype=torch.bool)
-    logits = (similarity / TEMPERATURE).masked_fill(same, -1e4)
+    """Return InfoNCE both ways over similarity [n, n]; pairs that share an id on one side are no negatives."""
+    same = (left[:, None] == left[None, :]) | (right[:, None] == right[None, :])
+    logits = (similarity / TEMPERATURE).masked_fill(torch.from_numpy(same & ~np.eye(len(left), dtype=bool)), -1e4)
     target = torch.arange(len(left))
     return (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)) / 2
