@@ -18,7 +18,7 @@ from serve.trust import Keys as Keys
 from serve.trust import canonical, key_id, read_json, statement, verify
 from serve.trust import load_keys as load_keys
 
-SCHEMA = "shipyard.release/1"
+SCHEMA = "shipyard.release/2"
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Kind = Literal["triton", "image-context", "greengrass-model", "greengrass-runtime"]
@@ -165,7 +165,7 @@ class Signature(Settings):
 class Release(Settings):
     """One release. `version` ends in the digest of the content: the same content has the same version."""
 
-    schema_name: Annotated[Literal["shipyard.release/1"], Field(alias="schema")]
+    schema_name: Annotated[Literal["shipyard.release/2"], Field(alias="schema")]
     version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+-g[0-9a-f]{12}$")]
     profile: Name
     source: Source

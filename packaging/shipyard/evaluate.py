@@ -39,8 +39,8 @@ BASELINES: dict[str, tuple[Baseline, ...]] = {
 }
 """What a task's sub-models have to beat."""
 
-SIMPLE = ("popularity", "own counts, popularity", "own decayed counts, popularity")
-"""Baselines of recommendation that cost next to nothing; a small profile is held to these alone."""
+STRONG = (Bm25Own.name, RecentPopularity.name, TifuKnn.name, UpCf.name, Boosted.name)
+"""Baselines that cost minutes to tune; a small profile leaves them out."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Judge:
         purchases, rows = _purchases(self.behaviour, level), self.test.batches.rows[name]
         ranked, tuned = {}, {}
         for rule in BASELINES[task]:
-            if not self.profile.strong_baselines and task == "recommend" and rule.name not in SIMPLE:
+            if not self.profile.strong_baselines and rule.name in STRONG:
                 continue
             if test.logged and rule.name != Bm25.name:
                 continue

@@ -75,7 +75,7 @@ class Bm25(Baseline):
     """
 
     name = "BM25, popularity"
-    grid = tuple({"k1": k1, "b": b} for k1 in (0.6, 1.2) for b in (0.0, 0.1, 0.4, 0.75))
+    grid = tuple({"b": b} for b in (0.0, 0.1, 0.4, 0.75))
 
     k1: float = 1.2
     b: float = 0.75
