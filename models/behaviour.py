@@ -269,7 +269,7 @@ class Behaviour:
         kept = [place[found] > 0 for found in rows]
         right = pad([place[found][k] for found, k in zip(rows, kept, strict=True)])
         worth = np.zeros(right.shape, np.float32)
-        worth[right > 0] = np.concatenate([gain[k] for gain, k in zip(gains, kept, strict=True)])
+        worth[right > 0] = np.concatenate([*(gain[k] for gain, k in zip(gains, kept, strict=True)), worth[:0, 0]])
         return right, worth
 
     def _past(self, born: Ints, start: Ints, day: npt.NDArray[np.float64], place: Ints) -> Past:
@@ -291,7 +291,7 @@ class Behaviour:
             found.append((rows[rows > 0], strength[rows > 0]))
         rows = pad([rows for rows, _ in found])
         strengths = np.zeros((*rows.shape, len(OFFER)), np.float32)
-        strengths[rows > 0] = np.concatenate([strength for _, strength in found])
+        strengths[rows > 0] = np.concatenate([*(told for _, told in found), strengths[:0, 0]])
         return rows, strengths
 
     def past(self, basket: int) -> tuple[Ints, npt.NDArray[np.float64]]:

@@ -15,6 +15,7 @@ from models import trunk
 from models.behaviour import load_behaviour
 from models.config import load_fleet
 from serve.errors import ShipyardError
+from shipyard import tower as tower_module
 from shipyard import train
 from shipyard.queries import PARAPHRASES, blur, misspell, mistype, paraphrase
 from shipyard.release import base_folder
@@ -38,7 +39,8 @@ def behaviour(small: Made):
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "adalora"])
-def test_every_method_trains_the_tower(behaviour, method: str, tmp_path: Path) -> None:
+def test_every_method_trains_the_tower(behaviour, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tower_module, "HELD_PAIRS", 24)  # validation would take longer than the training
     config = FLEET.finetune.model_copy(update={"method": method, "rank": 4})
     profile = FLEET.profile["small"].model_copy(update={"tower_steps": 10, "tower_batch": 8})
     tower, tokenizer = trunk.load_tower(base_folder(FLEET))
@@ -65,7 +67,10 @@ def test_every_method_trains_the_tower(behaviour, method: str, tmp_path: Path) -
         assert said["parameters_trained"] > 100_000
 
 
-def test_pretraining_learns_hidden_words_with_all_of_the_tower(behaviour, tmp_path: Path) -> None:
+def test_pretraining_learns_hidden_words_with_all_of_the_tower(
+    behaviour, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tower_module, "HELD_PAIRS", 64)
     profile = FLEET.profile["small"].model_copy(update={"mlm_steps": 3, "tower_batch": 8})
     tower, tokenizer = trunk.load_tower(base_folder(FLEET))
     kept = {name: p.detach().clone() for name, p in tower.state_dict().items()}

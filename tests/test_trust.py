@@ -194,7 +194,7 @@ TAMPERED = [
     (("source", "libraries", "numpy"), "1.0.0"),
     (("profile",), "quick"),
     (("profile",), "\ud800"),
-    (("schema",), "shipyard.release/2"),
+    (("schema",), "shipyard.release/1"),
     (("version",), "0.1.1-g000000000000"),
     (("unknown",), 1),
     (("artifacts",), []),

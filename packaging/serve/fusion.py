@@ -8,7 +8,7 @@ vote: the number of sources whose first `depth` products hold it, ties by recipr
 rrf: the sum of weight / (k + place) (Cormack, Clarke and Büttcher, SIGIR 2009).
 stacking: a linear score of what `FEATURES` tell of each source, fitted by the softmax over a request's candidates.
 
-A source that is missing counts nothing; the weights of the others are scaled up to the same sum.
+A source that is missing counts nothing; for weighted and rrf the weights of the others are scaled up to the same sum.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,6 +22,8 @@ from serve.errors import ShipyardError
 
 Method = Literal["weighted", "vote", "rrf", "stacking"]
 METHODS: tuple[Method, ...] = get_args(Method)
+
+PARAMETERS = {"weighted": ("weights",), "vote": ("depth",), "rrf": ("weights", "k"), "stacking": ("weights",)}
 
 FEATURES = ("score", "reciprocal", "given")
 """What stacking is told of a candidate by each source: scaled score, 1 / place, and whether the source named it."""
@@ -75,6 +77,11 @@ def fuse(found: Candidates, method: str, parameters: Mapping[str, Any]) -> Float
     sources = len(found.spoke)
     if method not in METHODS:
         raise ShipyardError("fusion: unknown method", value=method, allowed=", ".join(METHODS))
+    for name in PARAMETERS[method]:
+        if name not in parameters:
+            raise ShipyardError(
+                f"fusion: {method}: no {name}", allowed=", ".join(PARAMETERS[method]), mend="fit it again"
+            )
     if method == "vote":
         depth = int(parameters["depth"])
         return (found.place <= depth).sum(0) + (1 / (1 + found.place)).sum(0) / (sources + 1)

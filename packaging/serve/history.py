@@ -24,8 +24,8 @@ DECAYS = (14, 60, 120, 240)
 FEATURES = (
     "purchases", *(f"decayed_{days}" for days in DECAYS), "share", "recency", "gap", "due", "baskets", "looks", *OFFER,
 )  # fmt: skip
-"""What is told of each item: log(1 + x) of purchases, of purchases decayed by exp(-days / 14, 60, 120 and 240); the part of
-the shopper's baskets that held it; log(1 + x) of days since it was last seen and of mean days between two purchases (0 for
+"""What is told of each item: log(1 + x) of purchases, of purchases decayed by exp(-days / 14, 60, 120 and 240); purchases a
+basket of the shopper; log(1 + x) of days since it was last seen and of mean days between two purchases (0 for
 fewer than two); recency over gap, at most 4 (0 without a gap); log(1 + x) of the shopper's baskets and of looks (views,
 clicks and carts) decayed by exp(-days / 14); and its present offer."""
 

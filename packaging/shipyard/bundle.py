@@ -91,7 +91,7 @@ def bundle(
         "history": {"limit": LIMIT, "features": list(FEATURES), "offer": list(OFFER)},
         "inputs": list(inputs),
         "returned": returned,
-        "precision": target.precision,
+        "precision": facts["precision"],
         "engine": ENGINE | {"ir_version": IR_VERSION, "opset": OPSET},
         "facts": facts,
         "golden": [],

@@ -189,7 +189,7 @@ class Line:
         """A sub-model's graph in the precision of its target."""
         data, exported = self.past, self.export(name)
         target = self.fleet.target[self.fleet.submodel[name].target]
-        examples = min(200, self.profile.test_examples)
+        examples = min(200, self.profile.validation_examples)
 
         def work(out: Path) -> Any:
             module = importlib.import_module("shipyard.quantise")
@@ -217,6 +217,7 @@ class Line:
             "base_sha256": self.base_sha256,
             "data_sha256": self.data.digest,
             "max_tokens": MAX_TOKENS,
+            "precision": quantised.said["form"]["precision"],
             "metric": scores["after"] | {"name": scores["metric"]},
         }
         _, libraries = closure(("serve.server", "serve.fetch"))
@@ -228,10 +229,12 @@ class Line:
             )
 
         config = {**_plain(target), "place": place, "facts": facts}
+        # of fine-tuning it takes the tokenizer alone
+        words = dataclasses.replace(tuned, digest=sha256_file(tuned.folder / "tokenizer.json"))
         return self._run(
             "bundle",
             name,
-            (data, alone, tuned, quantised),
+            (data, alone, words, quantised),
             config,
             work,
             f"models.{name}",

@@ -152,10 +152,15 @@ def rate(step: int, steps: int) -> float:
 
 
 def by_rate(module: nn.Module, rates: dict[str, float], default: float) -> list[dict[str, Any]]:
-    """Group a module's parameters by learning rate: of the first key that is a part of the parameter's dotted name."""
+    """Group a module's parameters by learning rate: of the first key that is a part of the parameter's dotted name.
+
+    A layer's own "weight" or "bias" at the end of a name is no such part.
+    """
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
-        kind = next((kind for kind in rates if f".{kind}." in f".{name}."), None)
+        *parts, last = name.split(".")
+        parts += [] if last in ("weight", "bias") else [last]
+        kind = next((kind for kind in rates if kind in parts), None)
         groups.setdefault(default if kind is None else rates[kind], []).append(parameter)
     return [{"params": members, "lr": rate} for rate, members in groups.items()]
 
