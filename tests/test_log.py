@@ -19,7 +19,7 @@ def write_shop(folder: Path) -> None:
         f"""CREATE TABLE items AS
         SELECT product_id AS item, product_type AS title, product_category || ' > ' || product_type AS category, brand
         FROM '{products}' WHERE product_category IS NOT NULL AND product_type IS NOT NULL
-        QUALIFY dense_rank() OVER (ORDER BY md5(product_category || product_type)) <= 150
+        QUALIFY dense_rank() OVER (ORDER BY md5(product_category || product_type)) <= 450
             AND row_number() OVER (PARTITION BY product_category, product_type ORDER BY product_id) <= 4"""
     )
     db.execute(
