@@ -301,6 +301,11 @@ class Behaviour:
         return self.row[part][bought], (self.day[self.start[basket]] - self.day[part])[bought]
 
 
+def evenly(found: Ints, most: int) -> Ints:
+    """Return at most that many of what was found, spread over all."""
+    return found[np.linspace(0, len(found) - 1, min(most, len(found))).astype(int)]
+
+
 def placing(rows: Ints, items: int) -> Ints:
     """Return the array [items + 1] that renumbers `rows` to 1..len(rows) and everything else to 0."""
     place = np.zeros(items + 1, np.int64)

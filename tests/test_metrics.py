@@ -15,8 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 from models.config import Gate, Profile
 from serve.errors import ShipyardError
 from shipyard.bundle import write_zip
-from shipyard.examples import PLACES, top
 from shipyard.gates import hold
+from shipyard.metrics import PLACES, top
 from shipyard.quantise import LARGE, rows_to_int8, to_int8
 
 # --- the first ten ---------------------------------------------------------------------------------------------------

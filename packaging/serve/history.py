@@ -21,6 +21,9 @@ OFFER = ("display", "mailer", "discount")
 
 DECAYS = (14, 60, 120, 240)
 
+KINDS = ("purchase", "cart", "click", "view", "search")
+"""Kinds of events; all but the first are looks."""
+
 FEATURES = (
     "purchases", *(f"decayed_{days}" for days in DECAYS), "share", "recency", "gap", "due", "baskets", "looks", *OFFER,
 )  # fmt: skip

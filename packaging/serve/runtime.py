@@ -14,12 +14,11 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from serve.errors import ShipyardError
-from serve.history import MOST_OFFERS, OFFER, Past, histories, pad
+from serve.history import KINDS, MOST_OFFERS, OFFER, Past, histories, pad
 from serve.trust import MANIFEST, Keys, check_bundle, sha256_file, verify_attestation
 
 SCHEMA = "shipyard.bundle/2"
 MOST_HISTORY = 10_000
-KINDS = ("purchase", "cart", "click", "view", "search")
 PLURALS = {"product": "products", "type": "types", "category": "categories"}
 LONGEST_QUERY = 1_000
 GOLDEN_TOLERANCE = 1e-3
@@ -101,7 +100,7 @@ class Model:
                     owner.append(i)
                     rows.append(row)
                     days.append(event["days_ago"])
-                    bought.append(event.get("kind", "purchase") == "purchase")
+                    bought.append(event.get("kind", KINDS[0]) == KINDS[0])
         past = Past(
             np.array(owner, np.int64), np.array(rows, np.int64), np.array(days, np.float64), np.array(bought, bool)
         )

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from models import trunk
-from shipyard.examples import PLACES, Cut
+from shipyard.examples import Cut
 from shipyard.joint import Vectors, request
+from shipyard.metrics import PLACES
 from shipyard.train import Progress
 
 FACTORS = (0.1, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)

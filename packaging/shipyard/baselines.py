@@ -19,7 +19,7 @@ from scipy import sparse
 
 from models.behaviour import VALIDATION, Floats, Ints
 from serve.errors import ShipyardError
-from shipyard.metrics import ndcg
+from shipyard.metrics import PLACES, ndcg, top
 from shipyard.purchases import Lines, Purchases, counted, past, purchases
 
 Queries = Ints | Sequence[str]
@@ -85,20 +85,13 @@ class Baseline(ABC):
         return {name: value for name, value in found.items() if not callable(value)}
 
 
-def rank(scorer: Scorer, baskets: Ints, queries: Queries, rows: Ints | None = None, places: int = 10) -> Ints:
+def rank(scorer: Scorer, baskets: Ints, queries: Queries, rows: Ints | None = None, places: int = PLACES) -> Ints:
     """Return the best rows [B, places] of `rows`, all unless given, the best first, ties by the lower row."""
+    allowed = None if rows is None else np.r_[0, np.unique(rows)]
     found = []
     for k in range(0, len(baskets), BLOCK):
         scores = scorer(baskets[k : k + BLOCK], queries[k : k + BLOCK])
-        allowed = np.arange(1, scores.shape[1]) if rows is None else np.unique(rows)
-        line = np.empty((len(scores), min(places, len(allowed))), np.int64)
-        for i, each in enumerate(scores):
-            chosen = each[1:] if rows is None else each[allowed]
-            least = np.partition(chosen, -line.shape[1])[-line.shape[1]]
-            above = np.flatnonzero(chosen > least)
-            tied = np.flatnonzero(chosen == least)[: line.shape[1] - len(above)]
-            line[i] = allowed[np.r_[above[np.argsort(-chosen[above], kind="stable")], tied]]
-        found.append(line)
+        found.append(top(scores, places) if allowed is None else allowed[top(scores[:, allowed], places)])
     return np.concatenate(found)
 
 

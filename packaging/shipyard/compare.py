@@ -8,8 +8,6 @@ import contextlib
 import importlib
 import json
 import multiprocessing
-import resource
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +17,10 @@ from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from models import trunk
-from models.behaviour import VALIDATION, Behaviour, Ints, load_behaviour
+from models.behaviour import VALIDATION, Behaviour, Ints, evenly, load_behaviour
 from models.config import Finetune, Profile
 from serve.errors import ShipyardError
 from serve.history import pad
@@ -30,7 +28,7 @@ from shipyard import metrics
 from shipyard.queries import misspell, paraphrase
 from shipyard.stage import Record, Stage, write
 from shipyard.tower import encode, pretrain, train_tower
-from shipyard.train import Progress
+from shipyard.train import Progress, peak_memory_mb, save
 
 METHODS: tuple[str, ...] = get_args(Finetune.model_fields["method"].annotation)
 START = "start"
@@ -216,8 +214,7 @@ def tune(job: Job, progress: Progress) -> dict[str, Any]:
             record = phase(tower, tokenizer, behaviour, job.config, job.profile, job.out, progress)
             record |= {"memory_mb": peak_memory_mb(), "resumed": resumed}
         write(told, json.dumps(record))
-        save_file({key: tensor.contiguous() for key, tensor in tower.state_dict().items()}, weights.with_suffix(".tmp"))
-        weights.with_suffix(".tmp").replace(weights)
+        save(weights, tower.state_dict())
         checkpoint.unlink(missing_ok=True)
     tower.load_state_dict(load_file(weights))
     tower.eval().requires_grad_(False)
@@ -236,20 +233,6 @@ def tune(job: Job, progress: Progress) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def peak_memory_mb() -> int:
-    """Return this process's peak of resident memory so far, in MB of 2^20 bytes.
-
-    Linux tells it of the program (VmHWM); getrusage also counts what the parent held when it started this process.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return round(int(line.split()[1]) / 1024)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (1 << 20 if sys.platform == "darwin" else 1024))
-
-
 # --- the judgement ---------------------------------------------------------------------------------------------------
 
 
@@ -262,11 +245,11 @@ def ask(behaviour: Behaviour, most: int | None, seed: int) -> Questions:
     searches = behaviour.searches
     log = searches.of(VALIDATION)
     if len(log):
-        owners = log = _some(log)
+        owners = log = evenly(log, QUERIES)
         words = [searches.text[query] for query in log]
         graded = [(found[gain > 0], gain[gain > 0]) for found, gain in zip(*searches.answers(log), strict=True)]
     else:
-        baskets = _some(behaviour.spread(VALIDATION, EACH))
+        baskets = evenly(behaviour.spread(VALIDATION, EACH), QUERIES)
         queries, owners = behaviour.queries(baskets), behaviour.owner(baskets)
         words = [behaviour.paths[query] for query in queries]
         bought = [behaviour.answer(basket) for basket in baskets.tolist()]
@@ -293,11 +276,6 @@ def ask(behaviour: Behaviour, most: int | None, seed: int) -> Questions:
     return Questions([behaviour.texts[k] for k in chosen], dict(zip(WAYS, ways, strict=True)), right, worth, owners)
 
 
-def _some(found: Ints) -> Ints:
-    """Return QUERIES of all, spread over them."""
-    return found[np.linspace(0, len(found) - 1, min(QUERIES, len(found))).astype(int)]
-
-
 def retrieve(
     tower: trunk.TextTower, tokenizer: Any, questions: Questions, progress: Progress
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -318,7 +296,7 @@ def retrieve(
         wanted = encode(tower, tokenizer, [asked[k] for k in which], progress, f"encode queries {kind}").numpy()
         scores = np.c_[np.zeros(len(which), np.float32), wanted @ found.T]
         right, owners = questions.right[which], questions.owners[which]
-        ndcg = metrics.ndcg(_first_ten(scores), right, gains=questions.gains[which])
+        ndcg = metrics.ndcg(metrics.top(scores), right, gains=questions.gains[which])
         mrr = metrics.mrr_of_places(metrics.places(scores, right))
         record[kind] = {
             "examples": len(which), "ndcg@10": metrics.interval(ndcg, owners), "mrr": metrics.interval(mrr, owners),
@@ -327,12 +305,6 @@ def retrieve(
         for metric, value in (("ndcg@10", ndcg), ("mrr", mrr)):
             values[metric][kind] = np.round(value, metrics.DIGITS).tolist()
     return record, values
-
-
-def _first_ten(scores: npt.NDArray[np.float32]) -> Ints:
-    """Return the columns [B, 10] of the highest scores [B, R + 1], column 0 left out, ties by the lower column."""
-    order: Ints = np.argsort(-scores[:, 1:], axis=1, kind="stable")[:, :10].astype(np.int64) + 1
-    return order
 
 
 def _most(profile: Profile) -> int | None:

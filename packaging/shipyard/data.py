@@ -6,7 +6,7 @@ numbering, bounds, sampling or the choice of the edge's store. All tables are Pa
 items.parquet: row (1..N; 0 is padding), item, text, text_id, path (the levels of its category below the top), path_id,
 category (its middle level), category_id, brand ('' for none), local (sold in the edge's store).
 train.parquet, validation.parquet, test.parquet: events, one line a user, basket, row and kind: user, basket, row, day
-(days since the first of January of the first event's year, the hour as fraction), kind (index of schema.KINDS),
+(days since the first of January of the first event's year, the hour as fraction), kind (index of serve.history.KINDS),
 quantity, value (NaN where none is given), place (-1 for none); sorted by user, day, basket, row.
 market-PERIOD.parquet: place (-1 everywhere), day_from, day_until (exclusive), row, display, mailer, discount; sorted by
 day_from, place, day_until, row.
@@ -25,10 +25,12 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from models.behaviour import PERIODS
 from models.config import Data
 from serve.errors import ShipyardError
+from serve.history import KINDS
 from serve.trust import sha256_file
-from shipyard.schema import INTEGER, KINDS, PERIODS, quoted
+from shipyard.schema import INTEGER, quoted
 from shipyard.sources import Rule, count, open_source, rule, source_files, source_sha256
 
 __all__ = ["data", "source_files", "source_sha256"]

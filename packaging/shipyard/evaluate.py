@@ -23,7 +23,7 @@ from models.config import Finetune, Profile
 from shipyard import calibrate, metrics
 from shipyard.baselines import Baseline, OwnCounts, OwnDecayed, Popularity, RecentPopularity, rank
 from shipyard.boosted import Boosted
-from shipyard.examples import PLACES, RETURNED, Answered, Cut, Examples, Scores, answer, load_joint
+from shipyard.examples import RETURNED, Answered, Cut, Examples, Scores, answer, load_joint
 from shipyard.fuse import fit_fusion
 from shipyard.joint import Vectors, build_joint, load_vectors
 from shipyard.lexical import Bm25, Bm25Own, ExactPath, ExactPathDecayed, ExactPathOwn
@@ -58,8 +58,8 @@ class Judge:
     towers: Mapping[str, Any]
     progress: Progress
 
-    def score(self, name: str) -> dict[str, Any]:
-        """Return the record of a sub-model."""
+    def score(self, name: str) -> tuple[dict[str, Any], tuple[Answered, Answered]]:
+        """Return the record of a sub-model, and what it answers to its validation and test examples."""
         module = submodel.load(name)
         joint, vectors = self.after
         validation, test = self.validation.of(name), self.test.of(name)
@@ -77,27 +77,27 @@ class Judge:
         relevant, owners = test.relevant, test.owners
         after, before = test.ndcg(found.ranked), test.ndcg(untrained.ranked)
         best, tuned, ranked = self.baselines(name, validation, test)
-        by_rule = test.ndcg(ranked[best])
+        rules = {
+            rule: {
+                **metrics.interval(test.ndcg(rows), owners),
+                "over": metrics.difference(after, test.ndcg(rows), owners),
+                "settings": tuned[rule][0],
+                "validation": tuned[rule][1],
+            }
+            for rule, rows in ranked.items()
+        }
         record = {
             "metric": module.METRIC,
             "level": module.LEVEL,
             "examples": len(relevant),
             "households": len(np.unique(owners)),
             "baseline_name": best,
-            "baseline": metrics.interval(by_rule, owners),
+            "baseline": {bound: rules[best][bound] for bound in ("value", "low", "high")},
             "before": metrics.interval(before, owners),
             "after": metrics.interval(after, owners),
-            "over_baseline": metrics.difference(after, by_rule, owners),
+            "over_baseline": rules[best]["over"],
             "over_before": metrics.difference(after, before, owners),
-            "baselines": {
-                rule: {
-                    **metrics.interval(test.ndcg(rows), owners),
-                    "over": metrics.difference(after, test.ndcg(rows), owners),
-                    "settings": tuned[rule][0],
-                    "validation": tuned[rule][1],
-                }
-                for rule, rows in ranked.items()
-            },
+            "baselines": rules,
             "metrics": _figures(found, relevant, owners, test.rows),
             "baseline_metrics": _of_ranking(ranked[best], relevant, owners),
             "calibration": _calibration(held, validation, found, test),
@@ -109,26 +109,30 @@ class Judge:
                 "slices": self.slices(test, found.ranked, ranked[best]),
             }
         if module.TASK == "search":
-            record["queries"] = self.queries(name, test)
+            record["queries"] = self.queries(test, {"after": found.ranked, "before": untrained.ranked})
         if found.logits is not None:
             names = [str(label) for label in self.behaviour.names(module.LEVEL)]
             record["report"] = metrics.classification_report(relevant[:, 0] - 1, found.logits.astype(float), names)
-        return record
+        return record, (held, found)
 
-    def fusion(self, search: str, names: Sequence[str]) -> dict[str, Any]:
-        """Fuse what the sub-models that rank products answer to the requests of `search`, which is the first of `names`."""
+    def fusion(self, search: str, names: Sequence[str], said: tuple[Answered, Answered]) -> dict[str, Any]:
+        """Fuse what `search` and the sub-models `names` that rank products answer to the requests of `search`.
+
+        `said` is what `search` answers to its validation and test examples.
+        """
         joint, vectors = self.after
         periods = []
-        for period, examples in ((VALIDATION, self.validation), (TEST, self.test)):
+        for done, (examples, own) in enumerate(zip((self.validation, self.test), said, strict=True)):
             cut = examples.of(search)
-            rankings = {}
+            answers = {search: own}
             for name in names:
-                self.progress(f"fusion: {name}", period, TEST)
+                self.progress(f"fusion: {name}", done, len(said))
                 asked = replace(cut, name=name)
-                found = answer(joint, asked, asked.text(vectors), full=False)
-                # rows of the sub-model to rows of the catalogue
-                rankings[name] = np.r_[0, self.test.batches.rows[name]][found.ranked], found.scores
-            periods.append((rankings, np.r_[0, self.test.batches.rows[search]][cut.relevant], cut.owners))
+                answers[name] = answer(joint, asked, asked.text(vectors), full=False)
+            # rows of each sub-model to rows of the catalogue
+            rows = {name: np.r_[0, self.test.batches.rows[name]] for name in answers}
+            rankings = {name: (rows[name][found.ranked], found.scores) for name, found in answers.items()}
+            periods.append((rankings, rows[search][cut.relevant], cut.owners))
         (learn, right, _), (judged, relevant, owners) = periods
         return fit_fusion(learn, right, judged, relevant, owners)
 
@@ -221,27 +225,25 @@ class Judge:
                 found["items"][label] = _pair(ranked, rival, right, test.owners)
         return found
 
-    def queries(self, name: str, test: Cut) -> dict[str, Any]:
+    def queries(self, test: Cut, written: Mapping[str, Ints]) -> dict[str, Any]:
         """Return figures on misspelt and paraphrased queries, and with the category's words taken out of the texts.
 
-        The other words for a paraphrase are for evaluation alone; training never sees them.
+        `written` is what the model after and before fine-tuning ranks for the queries as they are written. The other words
+        for a paraphrase are for evaluation alone; training never sees them.
         """
         rng = np.random.default_rng(self.config.seed)
         paths = test.words
+        lexical = Bm25(k1=1.2, b=0.0).fit(self.behaviour, TEST)
+        record = {"as written": _several({**written, "BM25": rank(lexical, test.baskets, paths)}, test)}
         asked = {
-            "as written": paths,
             "misspelt": [misspell(path, rng) for path in paths],
             "paraphrased": [paraphrase(path) for path in paths],
         }
-        purchases = _purchases(self.behaviour, "product")
-        lexical = Bm25(k1=1.2, b=0.0).fit(purchases, TEST)
-        record = {}
         for kind, words in asked.items():
-            changed = np.array([word != path for word, path in zip(words, paths, strict=True)])
-            chosen = np.flatnonzero(changed) if kind != "as written" else np.arange(len(paths))
-            part = test.take(chosen)
+            chosen = np.flatnonzero([word != path for word, path in zip(words, paths, strict=True)])
             if len(chosen) < 20:
                 continue
+            part = test.take(chosen)
             words = [words[i] for i in chosen]
             ranked = {
                 which: answer(joint, part, self._encode(which, words), full=False).ranked
@@ -250,10 +252,10 @@ class Judge:
             ranked["BM25"] = rank(lexical, part.baskets, words)
             record[kind] = _several(ranked, part)
         if not test.logged:
-            record["category's words taken out of the texts"] = self._stripped(name, test)
+            record["category's words taken out of the texts"] = self._stripped(test)
         return record
 
-    def _stripped(self, name: str, test: Cut) -> dict[str, Any]:
+    def _stripped(self, test: Cut) -> dict[str, Any]:
         """Score search over items whose texts have lost the words of their own category path."""
         behaviour = self.behaviour
         words = [set(path.split()) for path in behaviour.paths]
@@ -313,15 +315,15 @@ def _of_ranking(ranked: Ints, relevant: Ints, owners: Ints) -> dict[str, Any]:
     """Return what the first ten places tell."""
     return {
         "ndcg@10": metrics.interval(metrics.ndcg(ranked, relevant), owners),
-        "recall@10": metrics.interval(metrics.recall(ranked, relevant, PLACES), owners),
-        "mrr@10": metrics.interval(metrics.mrr(ranked, relevant, PLACES), owners),
+        "recall@10": metrics.interval(metrics.recall(ranked, relevant, metrics.PLACES), owners),
+        "mrr@10": metrics.interval(metrics.mrr(ranked, relevant, metrics.PLACES), owners),
     }
 
 
 def _figures(found: Answered, relevant: Ints, owners: Ints, rows: int) -> dict[str, Any]:
     """Return all metrics of a model's full ranking."""
     return {
-        **_of_ranking(found.ranked[:, :PLACES], relevant, owners),
+        **_of_ranking(found.ranked[:, : metrics.PLACES], relevant, owners),
         "recall@100": metrics.interval(metrics.recall(found.ranked, relevant, RETURNED), owners),
         "mrr": metrics.interval(metrics.mrr_of_places(found.places), owners),
         "auc": metrics.interval(metrics.auc(found.places, relevant, rows), owners),
@@ -349,9 +351,9 @@ def _calibration(held: Answered, validation: Cut, found: Answered, test: Cut) ->
 
 def _first_ten(found: Answered, cut: Cut) -> tuple[Scores, npt.NDArray[np.bool_], Ints]:
     """Return scores, whether they were right, and owners of the first ten places of each example, one after the other."""
-    rows = found.ranked[:, :PLACES]
+    rows = found.ranked[:, : metrics.PLACES]
     right = (rows[:, :, None] == cut.relevant[:, None, :]).any(2)
-    scores = found.scores[:, :PLACES].astype(np.float64)
+    scores = found.scores[:, : metrics.PLACES].astype(np.float64)
     return scores.ravel(), right.ravel(), np.repeat(cut.owners, rows.shape[1])
 
 
@@ -377,10 +379,11 @@ def evaluate(
         Examples(behaviour, TEST, profile.test_examples, names, profile.test_each),
         {"before": (untouched, tokenizer), "after": (tuned, tokenizer)}, progress,
     )  # fmt: skip
-    record = {"submodels": {name: judge.score(name) for name in names}}
+    scored = {name: judge.score(name) for name in names}
+    record = {"submodels": {name: found for name, (found, _) in scored.items()}}
     products = [name for name in names if submodel.load(name).LEVEL == "product"]
     search = next((name for name in products if submodel.load(name).TASK == "search"), None)
     # a search of the log has no basket that the others could answer to
     if search is not None and len(products) > 1 and search not in judge.test.batches.logged:
-        record["fusion"] = judge.fusion(search, [search, *(name for name in products if name != search)])
+        record["fusion"] = judge.fusion(search, [name for name in products if name != search], scored[search][1])
     return record

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,14 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from models import submodel, trunk
-from models.behaviour import Behaviour, Floats, Ints, View
+from models.behaviour import Behaviour, Floats, Ints, View, evenly
 from models.config import Finetune
 from serve.errors import ShipyardError
 from shipyard import metrics
-from shipyard.joint import Batches, Vectors, build_joint, load_vectors, request, spread
-
-PLACES = 10
-"""Places of the ranking that the metric looks at."""
+from shipyard.joint import Batches, Vectors, build_joint, load_vectors, request
 
 RETURNED = 100
 """Rows that a sub-model returns for each request."""
@@ -60,7 +56,7 @@ class Examples:
                 f"evaluate: {name}: too few examples with a right answer", value=len(answered), allowed="20 or more",
                 mend="raise households or test_examples of the profile in fleet.toml",
             )  # fmt: skip
-        answered = spread(answered, self.most)
+        answered = evenly(answered, self.most)
         worth = None if gains is None else gains[answered]
         return Cut(self.behaviour, self.batches, name, baskets[answered], queries[answered], right[answered], worth)
 
@@ -135,18 +131,6 @@ def _parts(n: int, size: int) -> list[slice]:
     return [slice(k, min(k + size, n)) for k in range(0, n, size)]
 
 
-def top(scores: npt.NDArray[Any], places: int = PLACES) -> Ints:
-    """Return the rows of the highest scores [B, places], the highest first, ties by the lower row; row 0 is left out."""
-    ranked = np.empty((len(scores), min(places, scores.shape[1] - 1)), np.int64)
-    for line, each in zip(ranked, scores[:, 1:], strict=True):
-        # a partition alone takes any of those that tie for the last place, and many products share one text
-        least = np.partition(each, -len(line))[-len(line)]
-        above = np.flatnonzero(each > least)
-        tied = np.flatnonzero(each == least)[: len(line) - len(above)]
-        line[:] = np.r_[above[np.argsort(-each[above], kind="stable")], tied] + 1
-    return ranked
-
-
 @dataclass(frozen=True)
 class Answered:
     """What a model says to examples: rows [B, 100] with their scores, and for the full ranking the places [B, K] of the
@@ -171,7 +155,7 @@ def answer(
         baked = joint.baked(cut.name)
         for part, view in cut.views():
             found: Logits = joint(cut.name, baked, request(view, text[part])).numpy()
-            rows = top(found, RETURNED)
+            rows = metrics.top(found, RETURNED)
             ranked.append(rows)
             scores.append(np.take_along_axis(found, rows, 1))
             if full:

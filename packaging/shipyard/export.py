@@ -21,8 +21,8 @@ from models.behaviour import VALIDATION, Floats, Ints, load_behaviour
 from models.config import Finetune
 from serve.errors import ShipyardError
 from serve.history import FEATURES, LIMIT, MOST_OFFERS, OFFER
-from shipyard.examples import PLACES, RETURNED, Cut, Examples
-from shipyard.metrics import ndcg
+from shipyard.examples import RETURNED, Cut, Examples
+from shipyard.metrics import PLACES, ndcg
 from shipyard.split import load_alone
 from shipyard.tower import tokenise
 
@@ -128,11 +128,8 @@ def to_onnx(ranker: Ranker, file: Path) -> None:
     model.ir_version = IR_VERSION
     # the exporter notes source lines and folders of this machine, which no artifact needs and which change its bytes
     for node in model.graph.node:
-        scopes = [p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"]
         del node.metadata_props[:]
         node.doc_string = ""
-        if scopes and "alone.tower" in scopes[0]:
-            node.metadata_props.add(key="part", value="tower")
     for value in (*model.graph.value_info, *model.graph.initializer, *model.graph.input, *model.graph.output):
         del value.metadata_props[:]
     del model.metadata_props[:], model.graph.metadata_props[:]

@@ -6,15 +6,13 @@ a step draws depends on the seed and the step's number alone.
 
 import hashlib
 import json
-import resource
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from models import submodel, trunk
@@ -27,7 +25,7 @@ from shipyard.examples import Examples
 from shipyard.joint import Batches, Vectors, build_joint, load_vectors, train_joint
 from shipyard.queries import blur
 from shipyard.tower import encode, pretrain, train_tower
-from shipyard.train import Progress
+from shipyard.train import Progress, peak_memory_mb, save
 
 WAYS = 3
 """Ways to write each query that stage B sees: the path itself, and blurred ones."""
@@ -84,7 +82,7 @@ def finetune(
     record["joint"] = train_joint(joint, behaviour, after, config, profile, weights, out, progress)
     held = Examples(behaviour, VALIDATION, profile.validation_examples, tuple(weights))
     record["balance"] = balance(joint, {name: held.of(name) for name in weights}, after, progress)
-    _save(out / "joint.safetensors", joint.state_dict())
+    save(out / "joint.safetensors", joint.state_dict())
     (out / "joint.checkpoint.pt").unlink(missing_ok=True)
     record["parts"] = parts(joint, out)
     return record
@@ -117,10 +115,9 @@ def tune_tower(
         weights, told = out / f"{name}.safetensors", out / f"{name}.json"
         if not weights.exists():
             found = phase(tower, tokenizer, behaviour, config, profile, out, progress)
-            # the process's peak so far, in MB
-            found["memory_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+            found["memory_mb"] = peak_memory_mb()
             _write_atomically(told, json.dumps(found))
-            _save(weights, tower.state_dict())
+            save(weights, tower.state_dict())
             (out / f"{name}.checkpoint.pt").unlink(missing_ok=True)
         tower.load_state_dict(load_file(weights))
         record[name] = json.loads(told.read_text())
@@ -161,13 +158,8 @@ def _vectors(
         sizes = [*map(len, parts.values()), len(queries) * ways, len(searches)]
         *levels, asked, logged = torch.split(found, sizes)
         asked = asked.reshape(len(queries), ways, -1)
-        _save(file, {**dict(zip(parts, levels, strict=True)), "queries": asked, "searches": logged})
+        save(file, {**dict(zip(parts, levels, strict=True)), "queries": asked, "searches": logged})
     return load_vectors(file)
-
-
-def _save(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file.with_suffix(".tmp"))
-    file.with_suffix(".tmp").replace(file)
 
 
 def _write_atomically(file: Path, text: str) -> None:

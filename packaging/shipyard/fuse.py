@@ -16,7 +16,6 @@ from models.behaviour import Ints
 from serve.fusion import FEATURES, METHODS, Candidates, Method, describe, fuse, gather
 from shipyard import metrics
 
-PLACES = 10
 STEPS = 10
 """Weights are tried in steps of a tenth."""
 
@@ -81,9 +80,9 @@ def _ndcg(
     found: Sequence[Candidates], method: str, parameters: Mapping[str, Any], right: Ints
 ) -> npt.NDArray[np.float64]:
     """Return nDCG@10 [B] of a fusion."""
-    ranked = np.zeros((len(found), PLACES), np.int64)
+    ranked = np.zeros((len(found), metrics.PLACES), np.int64)
     for line, candidates in zip(ranked, found, strict=True):
-        order = np.argsort(-fuse(candidates, method, parameters), kind="stable")[:PLACES]
+        order = np.argsort(-fuse(candidates, method, parameters), kind="stable")[: metrics.PLACES]
         line[: len(order)] = np.array(candidates.products, np.int64)[order]
     return metrics.ndcg(ranked, right)
 

@@ -6,7 +6,7 @@ teacher also learns the teacher's distribution (Hinton et al. 2015).
 
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models import submodel, trunk
-from models.behaviour import LEVELS, TRAIN, VALIDATION, Behaviour, Floats, Ints, Level, View, placing
+from models.behaviour import (
+    LEVELS,
+    TRAIN,
+    VALIDATION,
+    Behaviour,
+    Floats,
+    Ints,
+    Level,
+    View,
+    evenly,
+    placing,
+)
 from models.config import Finetune, Profile
 from serve.errors import ShipyardError
 from shipyard.train import Progress, Training, by_rate
@@ -93,20 +104,23 @@ class Batches:
         self.place_of_level: dict[str, Ints] = {}
         for name, level in self.levels.items():
             of_product = behaviour.row_of(level)
-            self.place_of_level[name] = placing(
-                self.rows[name], max(int(of_product.max()), behaviour_rows(behaviour, level))
-            )
+            self.place_of_level[name] = placing(self.rows[name], len(behaviour.names(level)))
             self.place[name] = self.place_of_level[name][of_product]
         # search learns from a log where there is one
         logged = len(behaviour.searches.of(TRAIN)) > 0
         self.logged = {name for name, module in modules.items() if logged and module.TASK == "search"}
 
-    def views(self, baskets: Ints, queries: Ints) -> dict[str, View]:
-        """Return the view of each sub-model that learns from baskets on the same baskets and queries."""
+    def views(self, baskets: Ints, queries: Ints, searches: Ints | None = None) -> dict[str, View]:
+        """Return the view of each sub-model on the same baskets and queries.
+
+        Those that learn from the log see its `searches`, and have no view without any.
+        """
         made: dict[bytes, View] = {}
         views = {}
         for name, place in self.place.items():
             if name in self.logged:
+                if searches is not None:
+                    views[name] = self.behaviour.log_view(searches, place)
                 continue
             key = place.tobytes()
             if key not in made:
@@ -115,18 +129,9 @@ class Batches:
         return views
 
 
-def behaviour_rows(behaviour: Behaviour, level: Level) -> int:
-    """Return the number of rows of a level."""
-    return len(behaviour.names(level))
-
-
 def request(view: View, text: Tensor | None) -> trunk.Request:
     """Return a view as tensors, with the queries' vectors [B, W]."""
-    return _tensors(view.items, view.features, view.offers, view.strengths, text)
-
-
-def _tensors(items: Ints, features: Floats, offers: Ints, strengths: Floats, text: Tensor | None) -> trunk.Request:
-    given = [torch.from_numpy(part) for part in (items, features, offers, strengths)]
+    given = [torch.from_numpy(part) for part in (view.items, view.features, view.offers, view.strengths)]
     return trunk.Request(given[0], given[1], given[2], given[3], text)
 
 
@@ -172,8 +177,7 @@ class Trainer:
 
     def prepare(self, baskets: Ints, searches: Ints) -> None:
         """Start biases from popularity, and feature scales from some baskets and searches of the train period."""
-        views = self.batches.views(baskets, self.behaviour.queries(baskets))
-        views |= {name: self.behaviour.log_view(searches, self.batches.place[name]) for name in self.batches.logged}
+        views = self.batches.views(baskets, self.behaviour.queries(baskets), searches)
         with torch.no_grad():
             for name, place in self.batches.place.items():
                 counts = np.bincount(place, self.behaviour.popularity, len(self.batches.rows[name]) + 1)[1:]
@@ -185,14 +189,13 @@ class Trainer:
     def draw(self, chosen: Ints, searches: Ints, sampled: int, rng: np.random.Generator) -> tuple[Any, ...]:
         """Cut a batch of baskets and searches of the log: views, queries' vectors and columns of each level."""
         queries = self.behaviour.queries(chosen, rng)
-        views = self.batches.views(chosen, queries)
-        views |= {name: self.behaviour.log_view(searches, self.batches.place[name]) for name in self.batches.logged}
+        views = self.batches.views(chosen, queries, searches)
         ways = self.vectors.queries.shape[1]
         # half of the queries are written as the path is
         way = np.where(rng.random(len(chosen)) < 0.5, 0, rng.integers(0, ways, len(chosen)))
         columns = {}
         for level in dict.fromkeys(self.batches.levels.values()):
-            size = behaviour_rows(self.behaviour, level)
+            size = len(self.behaviour.names(level))
             named = [
                 np.r_[0, self.batches.rows[n]][rows]
                 for n, view in views.items()
@@ -221,7 +224,8 @@ class Trainer:
             weight = torch.from_numpy(columns[level].log_weight[kept[name]])
             bias = self.joint.bias[name][torch.from_numpy(own[kept[name]] - 1)]
             baked = self.joint.bake(name, some, bias, torch.from_numpy(columns[level].rows[kept[name]]))
-            asked = _tensors(seen[view.items], view.features, *_fewer(seen[view.offers], view.strengths), text[name])
+            offers, strengths = _fewer(seen[view.offers], view.strengths)
+            asked = request(replace(view, items=seen[view.items], offers=offers, strengths=strengths), text[name])
             logits[name] = self.joint(name, baked, asked)
             # a column that was sampled stands for several
             weighted = logits[name] + nn.functional.pad(weight, (1, 0))
@@ -255,11 +259,6 @@ def _check_teacher(name: str, teacher: str | None, batches: Batches) -> None:
         )  # fmt: skip
 
 
-def spread(baskets: Ints, most: int) -> Ints:
-    """Return at most that many baskets, spread over all."""
-    return baskets[np.linspace(0, len(baskets) - 1, min(most, len(baskets))).astype(int)]
-
-
 def train_joint(
     joint: trunk.Joint,
     behaviour: Behaviour,
@@ -273,9 +272,9 @@ def train_joint(
     """Train the joint model in place on baskets of the train period."""
     trainer = Trainer(joint, behaviour, vectors, weights)
     baskets, log = behaviour.baskets(TRAIN, fewest=10), behaviour.searches.of(TRAIN)
-    trainer.prepare(spread(baskets, 512), spread(log, 512))
-    held = spread(behaviour.spread(VALIDATION, 1), profile.validation_examples)
-    asked = spread(behaviour.searches.of(VALIDATION), profile.validation_examples)
+    trainer.prepare(evenly(baskets, 512), evenly(log, 512))
+    held = evenly(behaviour.spread(VALIDATION, 1), profile.validation_examples)
+    asked = evenly(behaviour.searches.of(VALIDATION), profile.validation_examples)
     rng = np.random.default_rng(config.seed)
     parts = max(1, max(len(held), len(asked)) // 128)
     fixed = [

@@ -24,6 +24,9 @@ LARGEST = 2**31 - 1
 BLOCK = 2**18
 """Elements that are worked on at once where a whole array would not fit."""
 
+PLACES = 10
+"""Places of a ranking that are judged unless told."""
+
 DIGITS = 5
 """Decimal places of what goes into a record."""
 
@@ -31,7 +34,22 @@ DIGITS = 5
 # --- rankings --------------------------------------------------------------------------------------------------------
 
 
-def ndcg(ranked: Rows, relevant: Rows, k: int = 10, gains: npt.NDArray[Any] | None = None) -> Floats:
+def top(scores: npt.NDArray[Any], places: int = PLACES) -> npt.NDArray[np.int64]:
+    """Return the rows [B, places] of the highest scores [B, R + 1], the highest first, ties by the lower row.
+
+    Row 0 is left out; there are no more places than rows.
+    """
+    ranked = np.empty((len(scores), min(places, scores.shape[1] - 1)), np.int64)
+    for line, each in zip(ranked, scores[:, 1:], strict=True):
+        # a partition alone takes any of those that tie for the last place, and many products share one text
+        least = np.partition(each, -len(line))[-len(line)]
+        above = np.flatnonzero(each > least)
+        tied = np.flatnonzero(each == least)[: len(line) - len(above)]
+        line[:] = np.r_[above[np.argsort(-each[above], kind="stable")], tied] + 1
+    return ranked
+
+
+def ndcg(ranked: Rows, relevant: Rows, k: int = PLACES, gains: npt.NDArray[Any] | None = None) -> Floats:
     """Return nDCG@k [B] of rows best first [B, P] against right answers [B, K].
 
     The discount is log2(1 + place), the ideal ranking has all right answers by falling gain (Jarvelin and Kekalainen,

@@ -20,8 +20,9 @@ from models import trunk
 from models.behaviour import VALIDATION, load_behaviour
 from models.config import Target
 from serve.errors import ShipyardError
-from shipyard.examples import PLACES, Examples
+from shipyard.examples import Examples
 from shipyard.export import Requests, check_versions, open_session, requests, run, score_onnx, trim
+from shipyard.metrics import PLACES
 
 LARGE = 32768
 """Elements from which a weight is worth quantising."""
@@ -55,8 +56,6 @@ def quantise(
         else:
             # a few hundred rows: nothing to gain, and the record says what it is
             precision = "fp32"
-    for node in model.graph.node:
-        del node.metadata_props[:]
     onnx.save(model, file)
     check_versions(file)
 

@@ -16,14 +16,13 @@ import duckdb
 import pyarrow.compute as pc
 from duckdb.func import PythonUDFType
 
+from models.behaviour import PERIODS
 from serve.errors import ShipyardError
+from serve.history import KINDS
 
 # Reddy et al., "Shopping Queries Dataset" (2022), publish these gains; its letters are taken for the words
 GAINS = {"exact": 1.0, "substitute": 0.1, "complement": 0.01, "irrelevant": 0.0}
 GAINS |= {"E": 1.0, "S": 0.1, "C": 0.01, "I": 0.0}
-KINDS = ("purchase", "cart", "click", "view", "search")
-"""Kinds of events by their code."""
-PERIODS = ("train", "validation", "test")
 
 HUGE = 1e9  # an amount above it is a sentinel or a slipped column
 LONGEST = 10_000  # characters

@@ -22,7 +22,7 @@ from models.behaviour import TRAIN, VALIDATION, Behaviour, Ints
 from models.config import Finetune, Profile
 from serve.errors import ShipyardError
 from shipyard.queries import blur
-from shipyard.train import Progress, Training, trainable
+from shipyard.train import Progress, Training
 
 TEMPERATURE = 0.05
 MASKED = 0.15
@@ -79,7 +79,7 @@ def train_tower(
     with torch.inference_mode():
         before = float(held())
     adapted = _adapt(tower, config, steps)
-    trained = trainable(tower.parameters())
+    trained = [p for p in tower.parameters() if p.requires_grad]
     start = [p.detach().clone() for p in trained]
 
     def loss_of(step: int) -> Tensor:

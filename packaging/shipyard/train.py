@@ -1,14 +1,17 @@
 """The training loop: AdamW, warm-up and cosine decay, clipping, early stopping, checkpoints, progress."""
 
 import math
+import resource
+import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from serve.errors import ShipyardError
@@ -165,6 +168,21 @@ def by_rate(module: nn.Module, rates: dict[str, float], default: float) -> list[
     return [{"params": members, "lr": rate} for rate, members in groups.items()]
 
 
-def trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Return the parameters that gradients reach."""
-    return [p for p in parameters if p.requires_grad]
+def save(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors so that a kill leaves the old file or the new one, never a part."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file.with_suffix(".tmp"))
+    file.with_suffix(".tmp").replace(file)
+
+
+def peak_memory_mb() -> int:
+    """Return this process's peak of resident memory so far, in MB of 2^20 bytes.
+
+    Linux tells it of the program (VmHWM); getrusage also counts what the parent held when it started this process.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return round(int(line.split()[1]) / 1024)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1 << 20 if sys.platform == "darwin" else 1024))
