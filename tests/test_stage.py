@@ -355,6 +355,8 @@ FLEET = load_fleet(ROOT / "fleet.toml")
 ONCE = functools.cache(closure)
 DIGESTS = {"items": "i", "train": "1", "validation": "2", "test": "3"}
 PARTS = {"trunk": "t"} | {name: name for name in FLEET.submodel}
+TUNED = {"parts": PARTS, "tokenizer_sha256": "w"}
+FORM = {"form": {"precision": "fp32"}}
 SCORE = {"metric": "ndcg@10", "after": {"value": 0.3}, "over_before": {"low": 1}, "over_baseline": {"low": 1}}
 
 
@@ -362,7 +364,7 @@ def keys_of(fleet=FLEET, profile="small", **changes):
     """The key of every stage, as if each had said what it says here, with some of it changed."""
     said = {
         "data": {"digests": DIGESTS},
-        "finetune": {"parts": PARTS},
+        "finetune": TUNED,
         "evaluate": {"submodels": dict.fromkeys(fleet.submodel, SCORE)},
     } | changes
     found = {}
@@ -371,7 +373,7 @@ def keys_of(fleet=FLEET, profile="small", **changes):
         found[stage.name, stage.unit] = stage.key
         told = said.get(stage.name, {})
         # what has said the same has made the same; of the others any change of what they depend on changes what they make
-        return Record(build, digest(told) if told else stage.key, told, skipped=True)
+        return Record(build, digest(told) if told else stage.key, told or FORM, skipped=True)
 
     line = Line(fleet, profile, ROOT, ROOT / "build", lambda *_: None, watch)
     with pytest.MonkeyPatch.context() as patch:
@@ -404,7 +406,7 @@ def test_every_stage_of_every_unit_has_a_key_of_its_own(keys):
 
 @pytest.mark.parametrize("name", FLEET.submodel)
 def test_a_heads_change_leaves_the_other_sub_models(keys, name):
-    after = changed(keys_of(finetune={"parts": PARTS | {name: "other"}}), keys)
+    after = changed(keys_of(finetune=TUNED | {"parts": PARTS | {name: "other"}}), keys)
     assert {stage for stage in after if stage[0] in ("split", "export", "quantise")} == {
         (verb, name) for verb in ("split", "export", "quantise")
     }
@@ -413,7 +415,7 @@ def test_a_heads_change_leaves_the_other_sub_models(keys, name):
 
 
 def test_a_change_of_the_trunk_splits_everything_again(keys):
-    after = changed(keys_of(finetune={"parts": PARTS | {"trunk": "other"}}), keys)
+    after = changed(keys_of(finetune=TUNED | {"parts": PARTS | {"trunk": "other"}}), keys)
     assert {unit for verb, unit in after if verb == "split"} == set(FLEET.submodel)
 
 

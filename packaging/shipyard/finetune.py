@@ -70,6 +70,7 @@ def finetune(
         **tune_tower(tower, tokenizer, behaviour, config, profile, out, progress),
     }
     tokenizer.backend_tokenizer.save(str(out / "tokenizer.json"))
+    record["tokenizer_sha256"] = sha256_file(out / "tokenizer.json")
     after = _vectors(out / "after.safetensors", tower, tokenizer, behaviour, WAYS, progress, "encode, tuned")
 
     record["vectors_moved"] = float((after.texts["product"] - before.texts["product"]).norm(dim=1).mean())

@@ -230,7 +230,7 @@ class Line:
 
         config = {**_plain(target), "place": place, "facts": facts}
         # of fine-tuning it takes the tokenizer alone
-        words = dataclasses.replace(tuned, digest=sha256_file(tuned.folder / "tokenizer.json"))
+        words = dataclasses.replace(tuned, digest=tuned.said["tokenizer_sha256"])
         return self._run(
             "bundle",
             name,
