@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from shipyard import plots
+from shipyard.comparison import comparison
+from shipyard.page import between, judge, number, table
 from shipyard.plots import Mark, Row, Series
-from shipyard.report import between, comparison, judge, number, report, table, verdict
+from shipyard.report import report, verdict
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 BAD = '<script>alert("1")</script> & 中文'

@@ -182,7 +182,7 @@ def _make(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, rep
         if chosen.json:
             print(json.dumps(compared, ensure_ascii=False))
         else:
-            importlib.import_module("shipyard.report").print_comparison(compared)
+            importlib.import_module("shipyard.comparison").print_comparison(compared)
         reporter.line(f"page     {page}")
         return 0
     if chosen.verb != "release":
