@@ -82,11 +82,13 @@ class Finetune(Settings):
 class Gate(Settings):
     """Bound what a sub-model must reach on the test period, as differences of its metric.
 
-    Each bound is compared with the lower end of the 95 % interval of the paired difference.
+    Each bound is compared with the lower end of the 95 % interval of the paired difference; `over_teacher`, for one that
+    has a teacher, with that of the difference as a part of what the teacher reaches on the same rows.
     """
 
     over_before: float = 0.0
     over_baseline: float
+    over_teacher: float = -0.05
 
 
 class Profile(Settings):

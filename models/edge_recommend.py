@@ -22,7 +22,7 @@ class Head(trunk.Head):
     """Narrow the shared vectors, encode the history by one layer of its own, and score as `recommend` does."""
 
     def __init__(self, shape: trunk.Shape) -> None:
-        super().__init__(shape)
+        super().__init__(shape, WIDTH)
         self.narrow = nn.Linear(shape.dimension, WIDTH, bias=False)
         nn.init.orthogonal_(self.narrow.weight)
         self.user = trunk.UserEncoder(WIDTH, layers=1)

@@ -22,6 +22,9 @@ RECENT = 48
 
 USER_LAYERS = 1
 
+NATURE = 8
+"""Numbers that an item's vector becomes where its history is scored."""
+
 PADDING_LOGIT = -1e4
 """Score of row 0: below all others, and still a number in fp16."""
 
@@ -152,17 +155,21 @@ class UserEncoder(nn.Module):
 
 
 class Repeat(nn.Module):
-    """Score each item of a history by what is told of it and by its bias; starts at zero."""
+    """Score each item of a history by what is told of it, by its bias and by its vector; starts at zero.
+
+    The vector is there for its nature: milk is bought again after days, batteries after months.
+    """
 
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, width: int = 64) -> None:
+    def __init__(self, dimension: int, width: int = 64) -> None:
         super().__init__()
+        self.nature = nn.Linear(dimension, NATURE)
         self.register_buffer("mean", torch.zeros(len(FEATURES)))
         self.register_buffer("scale", torch.ones(len(FEATURES)))
         self.hidden = nn.Sequential(
-            nn.Linear(len(FEATURES) + 1, width), nn.GELU(), nn.Linear(width, width // 2), nn.GELU()
+            nn.Linear(len(FEATURES) + 1 + NATURE, width), nn.GELU(), nn.Linear(width, width // 2), nn.GELU()
         )
         self.out = nn.Linear(width // 2, 1)
         nn.init.zeros_(self.out.weight)
@@ -173,9 +180,10 @@ class Repeat(nn.Module):
         self.mean.copy_(features.mean(0))
         self.scale.copy_(1 / features.std(0).clamp(min=1e-3))
 
-    def forward(self, logits: Tensor, bias: Tensor, items: Tensor, features: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, baked: Baked, bias: Tensor, items: Tensor, features: Tensor) -> Tensor:
         """Add to logits [B, R + 1], in place, the score of each item [B, H] of the history; bias is [R + 1]."""
-        told = torch.cat([(features - self.mean) * self.scale, bias[items].unsqueeze(-1)], -1)
+        nature = self.nature(nn.functional.embedding(items, baked.vectors))
+        told = torch.cat([(features - self.mean) * self.scale, bias[items].unsqueeze(-1), nature], -1)
         bonus = self.out(self.hidden(told)).squeeze(-1)
         return logits.scatter_add_(1, items, torch.where(items == 0, 0.0, bonus))
 
@@ -208,10 +216,11 @@ class Head(nn.Module):
     uses_types = False
     uses_offers = True
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, width: int | None = None) -> None:
+        """`width` is that of the vectors that `bake` returns, the trunk's unless told."""
         super().__init__()
         self.shape = shape
-        self.repeat = Repeat()
+        self.repeat = Repeat(width or shape.dimension)
         self.offers = Offers() if self.uses_offers else None
 
     def start(self, project: nn.Linear) -> None:
@@ -243,7 +252,7 @@ class Head(nn.Module):
         known = nn.functional.pad(baked.bias, (1, 0))
         if self.offers is not None:
             logits = self.offers(logits, known, request.offers, request.strengths)
-        return self.repeat(logits, known, request.items, request.features)
+        return self.repeat(logits, baked, known, request.items, request.features)
 
 
 class Standalone(nn.Module):

@@ -27,7 +27,7 @@ joint_sampled = 200
 validation_examples = 50
 test_examples = 100
 strong_baselines = false
-default_gate = { over_before = -1.0, over_baseline = -1.0 }
+default_gate = { over_before = -1.0, over_baseline = -1.0, over_teacher = -1.0 }
 """
 
 

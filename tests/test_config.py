@@ -176,7 +176,7 @@ FAULTS = {
     ),
     "a misspelt key of a gate": (
         "default_gate = { over_before", "default_gate = { over_befor",
-        "profile.quick.default_gate.over_befor: unknown key; allowed: over_baseline, over_before;",
+        "profile.quick.default_gate.over_befor: unknown key; allowed: over_baseline, over_before, over_teacher;",
         'did you mean "over_before"?',
     ),
     "a misspelt key of one sub-model's gate": (

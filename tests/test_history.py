@@ -24,11 +24,15 @@ def plain(events, offers, limit=LIMIT):
         told = {
             "purchases": math.log(1 + len(bought)),
             **{f"decayed_{d}": math.log(1 + sum(math.exp(-days / d) for days in bought)) for d in DECAYS},
+            "lately": math.log(1 + sum(days in sorted(visits)[:5] for days in bought)),
             "share": len(bought) / len(visits) if visits else 0,
             "recency": math.log(1 + last),
+            "since": math.log(1 + sum(days < min(bought) for days in visits)) if bought else 0,
             "gap": math.log(1 + gap),
             "due": min(4, last / gap) if gap > 0 else 0,
             "baskets": math.log(1 + len(visits)),
+            "size": math.log(1 + sum(b for *_, b in events) / len(visits)) if visits else 0,
+            "pause": math.log(1 + min(visits)) if visits else 0,
             "looks": math.log(1 + sum(math.exp(-days / 14) for days in looks)),
             **dict(zip(OFFER, offers.get(row, (0, 0, 0)), strict=True)),
         }
@@ -123,23 +127,25 @@ def test_a_history_of_two_items_has_these_features():
     shopper = [(5, 16.0, True), (3, 7.0, True), (5, 2.0, True), (5, 30.0, True), (3, 0.0, False)]
     items, features = summarise([shopper], [{5: (0.0, 1.0, 0.5)}])
     assert items.tolist() == [[3, 5]]
-    once = [0.693147, 0.474077, 0.636514, 0.664406, 0.67867, 0.25, 0, 0, 0, 1.609438, 0.693147, 0, 0, 0]
-    often = [
-        1.386294,
-        0.834258,
-        1.205874,
-        1.291282,
-        1.337552,
-        0.75,
-        1.098612,
-        2.70805,
-        0.142857,
+    once = [
+        0.693147,
+        0.474077,
+        0.636514,
+        0.664406,
+        0.67867,
+        0.693147,
+        0.25,
+        0,
+        0.693147,
+        0,
+        0,
         1.609438,
-        0,
-        0,
-        1,
-        0.5,
+        0.693147,
+        1.098612,
     ]
+    once += [0.693147, 0, 0, 0]
+    often = [1.386294, 0.834258, 1.205874, 1.291282, 1.337552, 1.386294, 0.75, 1.098612, 0, 2.70805, 0.142857, 1.609438]
+    often += [0.693147, 1.098612, 0, 0, 1, 0.5]
     np.testing.assert_allclose(features, [[once, often]], atol=1e-6)
 
 

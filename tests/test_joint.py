@@ -12,6 +12,7 @@ from models import submodel, trunk
 from models.behaviour import LEVELS, TRAIN, VALIDATION
 from models.config import Finetune
 from serve.errors import ShipyardError
+from serve.history import FEATURES
 from shipyard import finetune, joint, metrics
 from shipyard.balance import balance
 from shipyard.examples import Cut
@@ -290,7 +291,7 @@ def test_the_untrained_model_ranks_by_the_pretrained_similarity(shop):
     vectors = vectors_of(shop, width=16)  # as wide as its own vectors, so that nothing is lost
     untrained = build_joint(shop, vectors, CONFIG, ("search",)).eval()
     empty = trunk.Request(
-        torch.zeros(len(PATHS), 1, dtype=torch.long), torch.zeros(len(PATHS), 1, 14),
+        torch.zeros(len(PATHS), 1, dtype=torch.long), torch.zeros(len(PATHS), 1, len(FEATURES)),
         torch.zeros(len(PATHS), 1, dtype=torch.long), torch.zeros(len(PATHS), 1, 3), vectors.queries[:, 0],
     )  # fmt: skip
     with torch.inference_mode():

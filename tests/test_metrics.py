@@ -75,6 +75,7 @@ def score(before, baseline):
         "metric": "nDCG@10",
         "over_before": {"value": before + 0.1, "low": before, "high": before + 0.2},
         "over_baseline": {"value": baseline + 0.1, "low": baseline, "high": baseline + 0.2},
+        "over_teacher": None,
     }
 
 
@@ -115,7 +116,22 @@ def test_a_sub_models_own_gate_goes_before_the_default():
         hold({"search": score(0, 0), "recommend": score(0, 0)}, profile(strict, search=loose))
 
 
-@pytest.mark.parametrize("missing", ["over_before", "over_baseline"])
+def taught(low):
+    relative = {"value": low + 0.01, "low": low, "high": low + 0.02}
+    return score(0.5, 0.5) | {"over_teacher": {"value": 0.0, "low": -9.0, "high": 9.0, "relative": relative}}
+
+
+def test_a_student_is_held_to_its_part_of_the_teacher():
+    hold({"edge": taught(-0.05)}, profile((0, 0)))
+    with pytest.raises(ShipyardError, match="over_teacher is too low: its 95 % interval starts at -0.0501"):
+        hold({"edge": taught(-0.0501)}, profile((0, 0)))
+    unknown = taught(0.0)
+    unknown["over_teacher"]["relative"] = None
+    with pytest.raises(ShipyardError, match="over_teacher"):
+        hold({"edge": unknown}, profile((0, 0)))
+
+
+@pytest.mark.parametrize("missing", ["over_before", "over_baseline", "over_teacher"])
 def test_a_figure_that_is_missing_stops_the_release(missing):
     found = {name: figure for name, figure in score(0.5, 0.5).items() if name != missing}
     with pytest.raises((ShipyardError, KeyError)):

@@ -24,13 +24,18 @@ DECAYS = (14, 60, 120, 240)
 KINDS = ("purchase", "cart", "click", "view", "search")
 """Kinds of events; all but the first are looks."""
 
+LATELY = 5
+"""Baskets that count as the last ones."""
+
 FEATURES = (
-    "purchases", *(f"decayed_{days}" for days in DECAYS), "share", "recency", "gap", "due", "baskets", "looks", *OFFER,
+    "purchases", *(f"decayed_{days}" for days in DECAYS), "lately", "share", "recency", "since", "gap", "due", "baskets",
+    "size", "pause", "looks", *OFFER,
 )  # fmt: skip
-"""What is told of each item: log(1 + x) of purchases, of purchases decayed by exp(-days / 14, 60, 120 and 240); purchases a
-basket of the shopper; log(1 + x) of days since it was last seen and of mean days between two purchases (0 for
-fewer than two); recency over gap, at most 4 (0 without a gap); log(1 + x) of the shopper's baskets and of looks (views,
-clicks and carts) decayed by exp(-days / 14); and its present offer."""
+"""What is told of each item: log(1 + x) of purchases, of purchases decayed by exp(-days / 14, 60, 120 and 240) and of those
+in the last 5 baskets; purchases a basket of the shopper; log(1 + x) of days since it was last seen, of baskets since it was
+last bought, and of mean days between two purchases (0 for fewer than two); recency over gap, at most 4 (0 without a gap);
+log(1 + x) of the shopper's baskets, of what is in one on average, of days since the last one, and of looks (views, clicks
+and carts) decayed by exp(-days / 14); and its present offer."""
 
 
 @dataclass(frozen=True)
@@ -68,18 +73,26 @@ def histories(past: Past, requests: int, offers: Ints, strengths: Singles, limit
     purchases = np.bincount(where, bought, n)
     gap = np.divide(oldest - newest, purchases - 1, out=np.zeros(n), where=purchases > 1)
     due = np.divide(last, gap, out=np.zeros(n), where=gap > 0)
-    visits = np.unique(np.stack([past.owner[bought], days[bought]]), axis=1)[0].astype(np.int64)
-    baskets = np.bincount(visits, minlength=requests)[owner]
+    buyer = past.owner[bought]
+    basket, pause, baskets = _baskets(buyer, days[bought], requests)
+    since = np.full(n, np.inf)
+    np.minimum.at(since, where[bought], basket)
+    size = np.divide(np.bincount(buyer, minlength=requests), baskets, out=np.zeros(requests), where=baskets > 0)
+    baskets, size, pause = baskets[owner], size[owner], pause[owner]
     looks = np.bincount(where[~bought], np.exp(-days[~bought] / DECAYS[0]), n)
     features = np.stack(
         [
             np.log1p(purchases),
             *(np.log1p(np.bincount(where, bought * np.exp(-days / decay), n)) for decay in DECAYS),
+            np.log1p(np.bincount(where[bought], basket < LATELY, n)),
             np.divide(purchases, baskets, out=np.zeros(n), where=baskets > 0),
             np.log1p(last),
+            np.log1p(np.where(purchases > 0, since, 0)),
             np.log1p(gap),
             np.minimum(due, 4),
             np.log1p(baskets),
+            np.log1p(size),
+            np.log1p(pause),
             np.log1p(looks),
             *_present(keys, offers, strengths, span).T,
         ],
@@ -95,6 +108,19 @@ def histories(past: Past, requests: int, offers: Ints, strengths: Singles, limit
     items[owner, place] = rows[order]
     told[owner, place] = features[order]
     return items, told
+
+
+def _baskets(buyer: Ints, days: Floats, requests: int) -> tuple[Ints, Floats, Ints]:
+    """Return the basket [n] of purchases, 0 for a request's newest; of requests [B] the days since it, and their baskets."""
+    order = np.lexsort((days, buyer))
+    owner, day = buyer[order], days[order]
+    new = np.r_[True, (owner[1:] != owner[:-1]) | (day[1:] != day[:-1])][: len(order)]
+    baskets = np.bincount(owner[new], minlength=requests)
+    pause = np.zeros(requests)
+    pause[baskets > 0] = day[new][(np.cumsum(baskets) - baskets)[baskets > 0]]
+    basket = np.empty(len(order), np.int64)
+    basket[order] = np.cumsum(new) - 1 - (np.cumsum(baskets) - baskets)[owner]
+    return basket, pause, baskets
 
 
 def _present(keys: Ints, offers: Ints, strengths: Singles, span: int) -> Floats:

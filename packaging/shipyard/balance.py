@@ -18,7 +18,7 @@ from shipyard.joint import Vectors, request
 from shipyard.metrics import PLACES
 from shipyard.train import Progress
 
-FACTORS = (0.1, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
+FACTORS = (0.03, 0.06, 0.1, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6)
 ROUNDS = 2
 
 

@@ -186,6 +186,9 @@ def _score_lines(said: Mapping[str, Any]) -> Lines:
                 told(score["before"]), told(score["after"]), told(score["over_baseline"], True),
             )
         )  # fmt: skip
+        if teacher := score.get("teacher"):
+            rows_of = f"on these rows: {teacher['name']}, its teacher"
+            kinds.append((name, rows_of, str(score["examples"]), told(teacher), told(score["after"])))
         for group in ("kinds", "queries"):
             for kind, found in score.get(group, {}).items():
                 rival = "baseline" if group == "kinds" else "BM25"
@@ -194,7 +197,7 @@ def _score_lines(said: Mapping[str, Any]) -> Lines:
     return [
         ("nDCG@10 on the test period, 95 % intervals over households",
          ("sub-model", "of households", "strongest baseline", "baseline", "before", "after", "over baseline"), rows),
-        ("The same, apart", ("sub-model", "of what", "examples", "baseline or BM25", "after"), kinds),
+        ("The same, apart", ("sub-model", "of what", "examples", "baseline, BM25 or teacher", "after"), kinds),
     ]  # fmt: skip
 
 

@@ -97,11 +97,16 @@ class Judge:
             "after": metrics.interval(after, owners),
             "over_baseline": rules[best]["over"],
             "over_before": metrics.difference(after, before, owners),
+            "over_teacher": None,
             "baselines": rules,
             "metrics": _figures(found, relevant, owners, test.rows),
             "baseline_metrics": _of_ranking(ranked[best], relevant, owners),
             "calibration": _calibration(held, validation, found, test),
         }  # fmt: skip
+        if module.TEACHER is not None:
+            rows = self.teacher(module.TEACHER, test)
+            record["teacher"] = {"name": module.TEACHER, **metrics.interval(test.ndcg(rows), owners)}
+            record["over_teacher"] = metrics.difference(after, test.ndcg(rows), owners)
         if not test.logged:
             # a search of the log has no basket, so that nothing of it is told apart
             record |= {
@@ -177,6 +182,13 @@ class Judge:
         best = int(np.argmax(values))
         ranked = rank(tried[best].fit(self.behaviour, TEST), test.baskets, test.words)
         return ranked, (tried[best].settings(), round(values[best], 5))
+
+    def teacher(self, name: str, test: Cut) -> Ints:
+        """Return what a teacher ranks [B, 10] of the rows of its student, who answers `test`."""
+        joint, vectors = self.after
+        among = np.searchsorted(test.batches.rows[name], test.batches.rows[test.name]) + 1
+        asked = replace(test, name=name)
+        return answer(joint, asked, asked.text(vectors), full=False, among=among).ranked
 
     def kinds(self, test: Cut, ranked: Ints, rival: Ints) -> dict[str, Any]:
         """Return figures on what the shopper had bought before ("repeat") and on what not ("explore"), apart."""

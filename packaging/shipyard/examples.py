@@ -145,9 +145,12 @@ class Answered:
 
 def answer(
     joint: trunk.Joint, cut: Cut, text: Tensor, report: Callable[[int], None] = lambda done: None, *, full: bool = True,
-    keep: bool = False,
+    keep: bool = False, among: Ints | None = None,
 ) -> Answered:  # fmt: skip
-    """Let the joint model answer examples whose queries' vectors are `text` [B, W]; without `full` the ranking alone."""
+    """Let the joint model answer examples whose queries' vectors are `text` [B, W].
+
+    Without `full` there is the ranking alone, which may be narrowed to the rows `among` and then tells places in them.
+    """
     joint.eval()
     ranked, scores, places, loss, logits = [], [], [], [], []
     relevant = cut.relevant
@@ -155,6 +158,8 @@ def answer(
         baked = joint.baked(cut.name)
         for part, view in cut.views():
             found: Logits = joint(cut.name, baked, request(view, text[part])).numpy()
+            if among is not None:
+                found = found[:, np.r_[0, among]]
             rows = metrics.top(found, RETURNED)
             ranked.append(rows)
             scores.append(np.take_along_axis(found, rows, 1))

@@ -45,6 +45,9 @@ RATES = {
 
 RATE = 2e-3
 
+LATE = 120.0
+"""Days after which a basket of the train period is drawn 1/e as often: long histories, and the season, are those to come."""
+
 
 @dataclass(frozen=True)
 class Vectors:
@@ -282,10 +285,15 @@ def train_joint(
         for part, some in zip(np.array_split(held, parts), np.array_split(asked, parts), strict=True)
     ]
 
+    day = behaviour.day[behaviour.start[baskets]]
+    often = np.cumsum(np.exp((day - day.max(initial=0)) / LATE))
+
     def draw(step: int) -> tuple[Any, ...]:
         rng = np.random.default_rng([config.seed, 2, step])
         # a source may lack one of the two
-        chosen, some = (rng.choice(of, profile.joint_batch if len(of) else 0) for of in (baskets, log))
+        size, queries = (profile.joint_batch if len(of) else 0 for of in (baskets, log))
+        chosen = baskets[np.searchsorted(often, rng.random(size) * often[-1:].sum(), side="right")]
+        some = rng.choice(log, queries)
         return trainer.draw(chosen, some, profile.joint_sampled, rng)
 
     # the next batch is cut while this one trains

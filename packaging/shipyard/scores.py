@@ -40,6 +40,8 @@ def sub_model(name: str, score: Mapping[str, Any]) -> str:
     ordered = sorted(baselines.items(), key=lambda item: finite(item[1].get("value")) or 0)
     rows = [Row("before fine-tuning", between(score.get("before")), (mark(score.get("before"), "before"),))]
     rows += [Row(rule, between(found), (mark(found, "baseline"),), strong=rule == best) for rule, found in ordered]
+    taught = score.get("teacher")
+    rows += [Row(f"its teacher, {taught['name']}", between(taught), (mark(taught, "third"),))] if taught else []
     rows.append(Row("released model", between(score.get("after")), (mark(score.get("after"), "model"),)))
     levels = figure(
         "Before, after and the baselines",
