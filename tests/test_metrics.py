@@ -123,7 +123,7 @@ def taught(low):
 
 def test_a_student_is_held_to_its_part_of_the_teacher():
     hold({"edge": taught(-0.05)}, profile((0, 0)))
-    with pytest.raises(ShipyardError, match="over_teacher is too low: its 95 % interval starts at -0.0501"):
+    with pytest.raises(ShipyardError, match=r"over_teacher is too low: its 95 % interval starts at -0\.0501"):
         hold({"edge": taught(-0.0501)}, profile((0, 0)))
     unknown = taught(0.0)
     unknown["over_teacher"]["relative"] = None
