@@ -95,14 +95,16 @@ class Profile(Settings):
     """Size one run: how much data and training.
 
     `households` 0 means all. Steps are optimiser steps, at most; batches count examples; without `mlm_steps` there is no
-    masked-language pre-training; `joint_sampled` products stand for those that a batch does not name. Choices are made on
-    `validation_examples`; the test takes `test_each` baskets of a household, `test_examples` in all. `strong_baselines`
-    adds those that take minutes to tune (TIFU-KNN, UP-CF, boosted trees, BM25 with own counts). `gate` is by sub-model, for
-    the size of the training decides what can be reached; one that is not named there is held to `default_gate`.
+    masked-language pre-training; without `rerank_steps`, or without a log of searches, no cross-encoder; `joint_sampled`
+    products stand for those that a batch does not name. Choices are made on `validation_examples`; the test takes
+    `test_each` baskets of a household, `test_examples` in all. `strong_baselines` adds those that take minutes to tune
+    (TIFU-KNN, UP-CF, boosted trees, BM25 with own counts). `gate` is by sub-model, for the size of the training decides
+    what can be reached; one that is not named there is held to `default_gate`.
     """
 
     households: Annotated[int, Field(ge=0)]
     mlm_steps: Annotated[int, Field(ge=0)] = 0
+    rerank_steps: Annotated[int, Field(ge=0)] = 0
     tower_steps: Annotated[int, Field(ge=1)]
     tower_batch: Annotated[int, Field(ge=2, le=4096)]
     joint_steps: Annotated[int, Field(ge=1)]

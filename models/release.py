@@ -90,6 +90,23 @@ class Format(Settings):
     latency_ms: float
 
 
+class Rerank(Settings):
+    """Hold what the cross-encoder of a search brings: it reads the first `depth` products again, with this `weight`.
+
+    With weight 0, chosen on validation, it is not in the bundle. `search` and `reranked` are the metric on the test period,
+    `over_search` their paired difference.
+    """
+
+    depth: int
+    weight: Annotated[float, Field(ge=0, le=1)]
+    precision: Literal["fp32", "fp16"]
+    bytes: Bytes
+    examples: int
+    search: Interval
+    reranked: Interval
+    over_search: Interval
+
+
 class Submodel(Settings):
     """Hold what is known of one sub-model of this release."""
 
@@ -101,6 +118,7 @@ class Submodel(Settings):
     bytes_own: Bytes
     bytes_shared: Bytes
     score: Score
+    rerank: Rerank | None = None
     formats: tuple[Format, ...]
 
 

@@ -7,6 +7,7 @@ import duckdb
 import pytest
 from conftest import ROOT, TINY, shipyard
 
+from serve.runtime import Model
 from shipyard.sources import source_files
 
 
@@ -41,12 +42,15 @@ def source_files_of_sample() -> dict[str, Path]:
 
 def fleet_of(tmp_path: Path, names: tuple[str, ...]) -> Path:
     """Return a fleet.toml whose data is the shop's, with some of the sub-models."""
-    text = (ROOT / "fleet.toml").read_text() + TINY.replace("test_examples = 100", "test_examples = 60")
+    text = (ROOT / "fleet.toml").read_text() + TINY.replace(
+        "test_examples = 100", "test_examples = 60\nrerank_steps = 30"
+    )
     text = text.replace('source = "completejourney"', 'source = "files"\nfolder = "shop"')
     for name in ("search", "recommend", "recommend_types", "intent", "edge_recommend"):
         if name not in names:
             start = text.index(f"[submodel.{name}]")
             text = text[:start] + text[text.index("\n\n", start) + 2 :]
+            text = "\n".join(line for line in text.split("\n") if not line.startswith(f"gate.{name} "))
     path = tmp_path / "fleet.toml"
     path.write_text(text)
     return path
@@ -67,6 +71,29 @@ def test_search_learns_from_a_log_alone(tmp_path: Path) -> None:
     assert set(score["queries"]) >= {"as written", "misspelt"}
     [golden, *_] = json.loads((tmp_path / "build/tiny/search/bundle/bundle/bundle.json").read_text())["golden"]
     assert golden["answer"]["products"]
+    check_reader(tmp_path / "build/tiny/search")
+
+
+def check_reader(folder: Path) -> None:
+    """The cross-encoder was trained on the log, chosen on validation, and is in the bundle if its word counts."""
+    said = json.loads((folder / "rerank/stage.json").read_text())["said"]
+    training = said["training"]
+    assert training["steps"] == 30 and training["loss_last"] < training["loss_first"]
+    assert said["validation"]["reranked"] >= said["validation"]["search"] > 0.3
+    assert said["examples"] >= 20 and said["parity"] <= 1e-4 and said["precision"] == "fp16"
+    assert (said["over_search"]["value"] == 0) >= (said["weight"] == 0)
+    manifest = json.loads((folder / "bundle/bundle/bundle.json").read_text())
+    assert (manifest["rerank"] is not None) == (said["weight"] > 0)
+    if manifest["rerank"] is None:
+        return
+    tree = folder / "bundle/bundle"
+    assert (tree / "model_repository/search-reader/config.pbtxt").is_file()
+    model = Model(tree, manifest)
+    [products] = [answer["products"] for answer in model.predict([manifest["golden"][0]["request"] | {"k": 40}])]
+    scores = [product["score"] for product in products]
+    assert scores == sorted(scores, reverse=True)
+    assert scores[said["depth"] - 1] >= 1 and scores[said["depth"]] <= 1
+    model.self_test()
 
 
 def test_what_needs_purchases_says_so(tmp_path: Path) -> None:

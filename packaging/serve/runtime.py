@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from serve.blend import blend
 from serve.errors import ShipyardError
 from serve.history import KINDS, MOST_OFFERS, OFFER, Past, histories, pad
 from serve.trust import MANIFEST, Keys, check_bundle, sha256_file, verify_attestation
@@ -53,12 +54,17 @@ class Model:
         self._returned: int = manifest["returned"]
         self.takes_offers = "offers" in manifest["inputs"]
         self._tokenizer: Any = None
+        self._reader: _Reader | None = None
         if manifest["tokenizer"] is not None:
             # not at the top: only search needs it, and an edge device does without
             from tokenizers import Tokenizer
 
             self._tokenizer = Tokenizer.from_file(str(folder / manifest["tokenizer"]))
             self._tokenizer.enable_truncation(manifest["max_tokens"])
+            if (again := manifest.get("rerank")) is not None:
+                pairs = Tokenizer.from_file(str(folder / manifest["tokenizer"]))
+                pairs.enable_truncation(again["max_tokens"])
+                self._reader = _Reader(folder, again, pairs, options)
 
     def predict(self, requests: list[Any]) -> list[dict[str, Any]]:
         """Answer requests in one batch.
@@ -76,6 +82,8 @@ class Model:
         if not wanted:
             return []
         rows, scores = self._session.run(["rows", "scores"], self.encode(requests))
+        if self._reader is not None:
+            rows, scores = self._reader.again([request["query"] for request in requests], rows, scores)
         answers = []
         for i, request in enumerate(requests):
             best = [
@@ -198,6 +206,41 @@ class Model:
             for name in OFFER:
                 _check_number(offer.get(name, 0), f"{at}.{name}", 1, "a number from 0 to 1")
         return k
+
+
+class _Reader:
+    """The cross-encoder of a search: it reads query and text of the first products together and ranks them again."""
+
+    def __init__(self, folder: Path, told: Mapping[str, Any], tokenizer: Any, options: ort.SessionOptions) -> None:
+        self._depth, self._weight = int(told["depth"]), float(told["weight"])
+        self._texts: list[str] = json.loads((folder / told["texts"]).read_bytes())
+        self._tokenizer = tokenizer
+        self._session = ort.InferenceSession(folder / told["model"], options, providers=["CPUExecutionProvider"])
+
+    def again(
+        self, queries: list[str], rows: npt.NDArray[np.int64], scores: npt.NDArray[np.float32]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """Return rows and scores [B, P], the first ones ranked again, their scores from 1 to 2, those of others from 0 to 1.
+
+        Each request is read alone, so that its answer does not depend on what it came with.
+        """
+        rows, scores = rows.copy(), _below_one(scores)
+        depth = min(self._depth, rows.shape[1])
+        for line, query in enumerate(queries):
+            found = [self._tokenizer.encode(query, self._texts[row - 1]).ids for row in rows[line, :depth].tolist()]
+            ids = pad([np.array(tokens, np.int64) for tokens in found])
+            mask = (np.arange(ids.shape[1]) < np.array(list(map(len, found)))[:, None]).astype(np.int64)
+            [read] = self._session.run(["scores"], {"pair_ids": ids, "pair_mask": mask})
+            mixed = blend(scores[line, :depth], read[:, 0], self._weight)
+            order = np.argsort(-mixed, kind="stable")
+            rows[line, :depth] = rows[line, :depth][order]
+            scores[line, :depth] = 1 + mixed[order]
+        return rows, scores
+
+
+def _below_one(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return scores [B, P] scaled to 0..1 in each line."""
+    return blend(scores, scores, 0.0).astype(np.float32)
 
 
 def _check_product(value: Any, where: str, needed: set[str], more: set[str]) -> None:

@@ -19,6 +19,21 @@ INPUTS = {
 }
 
 
+def reader_config(name: str, most: int = 256) -> str:
+    """Return config.pbtxt of a cross-encoder: batches of at most `most` pairs."""
+    lines = [
+        f'name: "{name}"',
+        'backend: "onnxruntime"',
+        f"max_batch_size: {most}",
+        *(f'input {{ name: "{i}" data_type: TYPE_INT64 dims: [ -1 ] }}' for i in ("pair_ids", "pair_mask")),
+        'output { name: "scores" data_type: TYPE_FP32 dims: [ 1 ] }',
+        "instance_group [ { count: 1 kind: KIND_GPU } ]",
+        "dynamic_batching { max_queue_delay_microseconds: 1000 }",
+        "version_policy { specific { versions: [ 1 ] } }",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def config(name: str, inputs: tuple[str, ...], returned: int, most: int = 32) -> str:
     """Return config.pbtxt of a ranking graph that takes `inputs` and returns `returned` rows, batches of at most `most`."""
     warm: Mapping[str, str] = {

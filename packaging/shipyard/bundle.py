@@ -18,6 +18,7 @@ import serve
 from models import submodel
 from models.behaviour import VALIDATION, load_behaviour
 from models.config import Target, TargetName
+from models.cross import MAX_TOKENS as PAIR_TOKENS
 from models.release import File, artifact_key, files_digest
 from serve import greengrass, triton
 from serve.errors import ShipyardError
@@ -52,9 +53,11 @@ CMD ["-m", "serve.server", "--help"]
 
 def bundle(
     data: Path, split: Path, finetuned: Path, quantised: Path, name: str, target: Target, place: TargetName,
-    facts: dict[str, Any], libraries: dict[str, str], out: Path,
+    facts: dict[str, Any], libraries: dict[str, str], out: Path, crossed: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the bundle of a sub-model under `out`/bundle and, for the edge, its zip under `out`/upload.
+
+    `crossed` holds the cross-encoder that goes with it, if any.
 
     Returns:
         The artifact as the release names it, without its attestation.
@@ -73,6 +76,13 @@ def bundle(
     _copy(split / "catalogue.json", tree / "catalogue.json")
     if module.TASK == "search":
         _copy(finetuned / "tokenizer.json", tree / "tokenizer.json")
+    reader = None
+    if crossed is not None:
+        reader = f"model_repository/{kebab}-reader/1/model.onnx" if place == "gpu" else "reader.onnx"
+        _copy(crossed / "rerank.onnx", tree / reader)
+        _copy(crossed / "texts.json", tree / "texts.json")
+        if place == "gpu":
+            _write(tree / f"model_repository/{kebab}-reader/{triton.CONFIG}", triton.reader_config(f"{kebab}-reader"))
     if place == "gpu":
         _write(tree / f"model_repository/{kebab}/{triton.CONFIG}", triton.config(kebab, inputs, returned))
     if place == "cpu":
@@ -88,6 +98,14 @@ def bundle(
         "catalogue": "catalogue.json",
         "tokenizer": "tokenizer.json" if module.TASK == "search" else None,
         "max_tokens": facts["max_tokens"],
+        "rerank": None
+        if reader is None
+        else {
+            "model": reader,
+            "texts": "texts.json",
+            "max_tokens": PAIR_TOKENS,
+            **facts["rerank"],
+        },
         "history": {"limit": LIMIT, "features": list(FEATURES), "offer": list(OFFER)},
         "inputs": list(inputs),
         "returned": returned,
@@ -245,7 +263,7 @@ def _files(tree: Path) -> tuple[File, ...]:
 
 def _copy_code(into: Path, entries: tuple[str, ...]) -> None:
     """Copy the runtime's code: what every target runs, and the entry points of this one."""
-    for name in ("__init__.py", "errors.py", "history.py", "runtime.py", "trust.py", *entries):
+    for name in ("__init__.py", "errors.py", "blend.py", "history.py", "runtime.py", "trust.py", *entries):
         _copy(CODE / name, into / name)
 
 

@@ -111,12 +111,23 @@ def fusion_line(release: Release) -> str:
     )
 
 
+def rerank_lines(release: Release) -> list[str]:
+    """Return what each cross-encoder brings."""
+    return [
+        f"{name}: a cross-encoder reads the first {found.depth} again (weight {found.weight:.1f}): {sub.score.metric} "
+        f"{found.reranked.value:.3f} against {found.search.value:.3f} without it, {found.over_search.value:+.3f} "
+        f"[{found.over_search.low:+.3f}, {found.over_search.high:+.3f}]"
+        for name, sub in release.submodels.items()
+        if (found := sub.rerank) is not None
+    ]
+
+
 def release_markdown(release: Release) -> str:
     """Return the table in Markdown."""
     rows = [COLUMNS, ("---",) * len(COLUMNS), *release_lines(release)]
     table = "\n".join("| " + " | ".join(cell.replace("\n", "<br>") for cell in row) + " |" for row in rows)
-    told = fusion_line(release)
-    return f"{table}\n\n{told[0].upper()}{told[1:]}." if told else table
+    told = [text for text in (*rerank_lines(release), fusion_line(release)) if text]
+    return "\n\n".join([table, *(f"{text[0].upper()}{text[1:]}." for text in told)])
 
 
 def print_release(release: Release) -> None:
@@ -128,8 +139,9 @@ def print_release(release: Release) -> None:
     for line in release_lines(release):
         table.add_row(*line)
     console.print(table)
-    if told := fusion_line(release):
-        console.print(told, soft_wrap=True)
+    for told in (*rerank_lines(release), fusion_line(release)):
+        if told:
+            console.print(told, soft_wrap=True)
     for artifact in release.artifacts:
         console.print(f"  {artifact.bytes / 1e6:8.1f} MB  {artifact.kind:18}  {artifact.key}", soft_wrap=True)
 

@@ -123,6 +123,11 @@ def to_onnx(ranker: Ranker, file: Path) -> None:
         ranker.eval(), tuple(example), dynamo=True, opset_version=OPSET, input_names=list(names), verbose=False,
         output_names=["rows", "scores"], dynamic_shapes=(shapes,),
     )  # fmt: skip
+    save_graph(program, file)
+
+
+def save_graph(program: torch.onnx.ONNXProgram | None, file: Path) -> None:
+    """Check an exported graph and write it without what belongs to this machine."""
     assert program is not None
     model = program.model_proto
     model.ir_version = IR_VERSION

@@ -199,6 +199,29 @@ class Line:
         return self._run("quantise", name, (data, exported), config, work, f"models.{name}")
 
     @functools.cache  # noqa: B019 - a line lives as long as its command
+    def rerank(self, name: str) -> Record | None:
+        """The cross-encoder of a sub-model that searches, where fleet.toml asks for one and a log can teach it."""
+        logged = all(self.data.said["counts"][period]["queries"] for period in ("train", "validation", "test"))
+        if not self.profile.rerank_steps or not logged or self.split(name).said["task"] != "search":
+            return None
+        data, tuned, _ = self.data, self.finetune, self.evaluate
+        target = self.fleet.target[self.fleet.submodel[name].target]
+        keys = ("rerank_steps", "tower_batch", "validation_examples", "test_examples")
+        config = {
+            **_plain(target), "sizes": {key: getattr(self.profile, key) for key in keys}, "base": self.base_sha256,
+            "finetune": _plain(self.fleet.finetune), "names": self.names,
+        }  # fmt: skip
+
+        def work(out: Path) -> Any:
+            module = importlib.import_module("shipyard.rerank")
+            return module.rerank(
+                data.folder, tuned.folder, self.base, self.fleet.finetune, self.profile, target, self.names, name, out,
+                self.report,
+            )  # fmt: skip
+
+        return self._run("rerank", name, (data, tuned), config, work, *self._models)
+
+    @functools.cache  # noqa: B019 - a line lives as long as its command
     def bundle(self, name: str) -> Record:
         """A sub-model's artifact; `RUNTIME` is the edge's code."""
         if name == RUNTIME:
@@ -209,6 +232,9 @@ class Line:
 
             return self._run("bundle", name, (), _plain(target), runtime, "serve.server")
         data, alone, tuned, quantised = self.past, self.split(name), self.finetune, self.quantise(name)
+        crossed = self.rerank(name)
+        # one whose word does not count on validation is not shipped
+        crossed = crossed if crossed is not None and crossed.said["weight"] > 0 else None
         place = self.fleet.submodel[name].target
         target = self.fleet.target[place]
         scores = self.evaluate.said["submodels"][name]
@@ -220,13 +246,16 @@ class Line:
             "precision": quantised.said["form"]["precision"],
             "metric": scores["after"] | {"name": scores["metric"]},
         }
+        if crossed is not None:
+            facts["rerank"] = {key: crossed.said[key] for key in ("depth", "weight", "precision")}
         _, libraries = closure(("serve.server", "serve.fetch"))
 
         def work(out: Path) -> Any:
             module = importlib.import_module("shipyard.bundle")
             return module.bundle(
-                data.folder, alone.folder, tuned.folder, quantised.folder, name, target, place, facts, libraries, out
-            )
+                data.folder, alone.folder, tuned.folder, quantised.folder, name, target, place, facts, libraries, out,
+                None if crossed is None else crossed.folder,
+            )  # fmt: skip
 
         config = {**_plain(target), "place": place, "facts": facts}
         # of fine-tuning it takes the tokenizer alone
@@ -234,7 +263,7 @@ class Line:
         return self._run(
             "bundle",
             name,
-            (data, alone, words, quantised),
+            (data, alone, words, quantised, *(() if crossed is None else (crossed,))),
             config,
             work,
             f"models.{name}",
@@ -249,6 +278,7 @@ class Line:
             "data": self.data.said, "finetune": self.finetune.said, "evaluate": self.evaluate.said,
             "split": {name: self.split(name).said for name in self.names},
             "quantise": {name: self.quantise(name).said for name in self.names},
+            "rerank": {name: found.said for name in self.names if (found := self.rerank(name)) is not None},
         }  # fmt: skip
         page: Path = importlib.import_module("shipyard.report").report(record, self.build / "report.html")
         return page
@@ -310,9 +340,12 @@ def _body(line: Line, artifacts: Mapping[str, Mapping[str, Any]]) -> dict[str, A
             "bytes_own": cut["bytes_own"],
             "bytes_shared": cut["bytes_shared"],
             "score": _score(scores[name]),
+            "rerank": _rerank(line.rerank(name)),
             "formats": [exported | {"loss": 0.0, "latency_ms": quantised["fp32_latency_ms"]}, quantised["form"]],
         }
-    sources, libraries = closure(("shipyard.release", *(f"shipyard.{verb}" for verb in VERBS), *line._models))
+    sources, libraries = closure(
+        ("shipyard.release", "shipyard.rerank", *(f"shipyard.{verb}" for verb in VERBS), *line._models)
+    )
     return {
         "profile": line.profile_name,
         "source": {
@@ -338,6 +371,15 @@ def _score(record: Mapping[str, Any]) -> dict[str, Any]:
     return {key: record[key] for key in kept} | {
         "relative": over.pop("relative"), "over_baseline": over, "over_before": before, "calibration": calibration,
     }  # fmt: skip
+
+
+def _rerank(record: Record | None) -> dict[str, Any] | None:
+    """Return what a release says of a cross-encoder."""
+    if record is None:
+        return None
+    kept = ("depth", "weight", "precision", "bytes", "examples", "search", "reranked")
+    over = {key: value for key, value in record.said["over_search"].items() if key != "relative"}
+    return {key: record.said[key] for key in kept} | {"over_search": over}
 
 
 def _fusion(record: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -36,12 +36,17 @@ def report(release: Mapping[str, Any], out: Path) -> Path:
     """Write the page of a release to the file `out`.
 
     `release` has "title" and "profile", what the stages said by their names ("data", "finetune", "evaluate"), and by
-    sub-model what "split" and "quantise" said. Each may be missing.
+    sub-model what "split", "quantise" and "rerank" said. Each may be missing.
     """
-    said = {stage: release.get(stage) or {} for stage in ("data", "finetune", "evaluate", "split", "quantise")}
+    said = {
+        stage: release.get(stage) or {} for stage in ("data", "finetune", "evaluate", "split", "quantise", "rerank")
+    }
     scores = said["evaluate"].get("submodels") or {}
     sections = [("verdict", "What was reached", verdict(scores, said["evaluate"].get("fusion")))]
-    sections += [(f"model-{k}", name, sub_model(f"s{k}", score)) for k, (name, score) in enumerate(scores.items())]
+    sections += [
+        (f"model-{k}", name, sub_model(f"s{k}", score, said["rerank"].get(name)))
+        for k, (name, score) in enumerate(scores.items())
+    ]
     sections += [
         ("fusion", "Fusion", fusion(said["evaluate"].get("fusion") or {})),
         ("training", "Training", training(said["finetune"])),

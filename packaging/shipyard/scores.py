@@ -30,7 +30,7 @@ def metric_name(score: Mapping[str, Any]) -> str:
     return str(score.get("metric", "ndcg@10")).replace("ndcg", "nDCG")
 
 
-def sub_model(name: str, score: Mapping[str, Any]) -> str:
+def sub_model(name: str, score: Mapping[str, Any], reranked: Mapping[str, Any] | None = None) -> str:
     """Return what a sub-model reached; `name` is what its figures are named by."""
     metric, best = metric_name(score), str(score.get("baseline_name", ""))
     level, count = LEVEL.get(score.get("level", ""), "rows"), whole(score.get("examples"))
@@ -67,10 +67,28 @@ def sub_model(name: str, score: Mapping[str, Any]) -> str:
     )  # fmt: skip
     return (
         paragraph(lead)
+        + paragraph(_reranked(reranked or {}))
         + grid(levels, over, *_slices(name, score), _queries(name, score.get("queries") or {}, metric),
                _calibration(name, score.get("calibration") or {}), _figures(score))
         + _classes(score.get("report") or {})
     )  # fmt: skip
+
+
+def _reranked(record: Mapping[str, Any]) -> str:
+    """Say what the cross-encoder of a search brings."""
+    if not record:
+        return ""
+    told = (
+        f"A cross-encoder reads the first {whole(record.get('depth'))} products again: nDCG@10 "
+        f"{between(record.get('search'))} without it, {between(record.get('reranked'))} with it, a difference of "
+        f"{between(record.get('over_search'), '+.3f')}."
+    )
+    weight = finite(record.get("weight"))
+    return told + (
+        " On validation its word was best left out, so that it is not in the bundle."
+        if weight == 0
+        else f" Its weight, chosen on validation, is {number(weight, '.1f')}."
+    )
 
 
 def _slices(name: str, score: Mapping[str, Any]) -> list[Html]:
