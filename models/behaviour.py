@@ -179,12 +179,10 @@ class Behaviour:
         """Purchases of each row [N + 1] in the train period."""
         return self.sold(VALIDATION)
 
-    def sold(self, until: int, decay_days: float | None = None) -> npt.NDArray[np.float64]:
-        """Return the purchases of each row [N + 1] before the period `until`, decayed by exp(-days / `decay_days`)."""
+    def sold(self, until: int) -> npt.NDArray[np.float64]:
+        """Return the purchases of each row [N + 1] before the period `until`."""
         known = (np.repeat(self.period, np.diff(self.start)) < until) & self.bought
-        day = self.day[known]
-        weight = None if decay_days is None else np.exp((day - day.max(initial=0)) / decay_days)
-        return np.bincount(self.row[known], weight, self.items + 1).astype(np.float64)
+        return np.bincount(self.row[known], minlength=self.items + 1).astype(np.float64)
 
     def row_of(self, level: Level) -> Ints:
         """Return the row [N + 1] that each product has at a level, 0 for padding."""

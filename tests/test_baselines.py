@@ -64,7 +64,6 @@ ALL = [
     baselines.RecentPopularity(),
     baselines.OwnCounts(),
     baselines.OwnDecayed(),
-    baselines.TopFrequency(),
     neighbours.TifuKnn(neighbours=5),
     neighbours.UpCf(neighbours=5),
     boosted.Boosted(**SMALL),
@@ -200,17 +199,6 @@ def test_own_purchases_decay_by_days_and_ties_go_to_the_popular():
     assert order(baselines.OwnDecayed(tau=365.0)).tolist() == [1, 3, 2, 5]
 
 
-def test_top_frequency_breaks_ties_by_the_latest_and_has_a_window():
-    log = log_of([[(0, 0, [1]), (1, 0, [1]), (2, 0, [2]), (3, 0, [3, 2]), (4, 1, [4])], [(0, 0, [1, 3, 5])]])
-
-    def order(latest):
-        scores = baselines.TopFrequency(latest).fit(log, VALIDATION)(np.array([4]), np.array([0]))
-        return np.argsort(-scores[0, 1:], kind="stable")[:4] + 1
-
-    assert order(None).tolist() == [2, 1, 3, 5]
-    assert order(2).tolist() == [2, 3, 1, 5]
-
-
 def test_scores_keep_counts_and_ties_exact_in_32_bits():
     own = sparse.csr_array(np.array([[0, 16_777_217, 16_777_216, 0.5, 0.5, 0]]))
     fill = baselines.levels(np.array([0, 1, 2, 3, 4, 5]))
@@ -288,20 +276,6 @@ def test_boosted_trees_are_deterministic_and_beat_popularity(shop):
         return np.nanmean(ndcg(baselines.rank(baseline.fit(shop, VALIDATION), baskets, baskets), right))
 
     assert value(boosted.Boosted(**SMALL)) > value(baselines.Popularity()) + 0.1
-
-
-def test_boosted_trees_learn_from_what_is_promoted(shop):
-    """Promote what will be bought: nobody could know it, but whoever reads the market must find it."""
-
-    def market(baskets):
-        shown = np.zeros((len(baskets), 31), np.float32)
-        for line, rows in enumerate(answers(shop, baskets)):
-            shown[line, rows] = 1
-        return np.zeros_like(shown), shown
-
-    baskets = first_baskets(shop, VALIDATION)
-    scorer = boosted.Boosted(**{**SMALL, "popular": 30}, market=market).fit(shop, VALIDATION)
-    assert np.nanmean(ndcg(baselines.rank(scorer, baskets, baskets), answers(shop, baskets))) > 0.95
 
 
 def test_features_are_what_they_are_called():

@@ -291,8 +291,6 @@ def test_levels_have_their_rows_and_names(shop):
 def test_popularity_is_of_purchases_before_validation(shop):
     assert shop.popularity.tolist() == [0, 2, 0, 1, 0, 0, 0, 1]
     assert shop.sold(TEST).tolist() == [0, 3, 0, 1, 1, 0, 1, 2]
-    decayed = shop.sold(VALIDATION, 30.0)
-    assert decayed[1] == pytest.approx(np.exp(-50 / 30) + np.exp(-30 / 30))
 
 
 @pytest.mark.parametrize("number", [0, 2, 3, 4, 7, 8, 13])

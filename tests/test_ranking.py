@@ -22,7 +22,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 def slow(ranked, relevant, gains, k):
-    """All five metrics of one request, as the textbooks write them."""
+    """All three metrics of one request, as the textbooks write them."""
     gain = {row: g for row, g in zip(relevant, gains, strict=True) if row != 0}
     right = set(gain)
     found = [row for row in ranked[:k] if row in right]
@@ -33,8 +33,6 @@ def slow(ranked, relevant, gains, k):
         "ndcg": gained / best if best else math.nan,
         "mrr": first if right else math.nan,
         "recall": len(found) / len(right) if right else math.nan,
-        "precision": len(found) / k if right else math.nan,
-        "hit": float(bool(found)) if right else math.nan,
     }
 
 
@@ -59,7 +57,7 @@ def test_metrics_are_the_textbooks(case):
     lines = [slow(*line, k) for line in zip(ranked.tolist(), relevant.tolist(), gains.tolist(), strict=True)]
     expected = {name: [line[name] for line in lines] for name in lines[0]}
     np.testing.assert_allclose(metrics.ndcg(ranked, relevant, k, gains), expected["ndcg"], atol=1e-12)
-    for name in ("mrr", "recall", "precision", "hit"):
+    for name in ("mrr", "recall"):
         found = getattr(metrics, name)(ranked, relevant, k)
         np.testing.assert_allclose(found, expected[name], atol=1e-12)
     everything = metrics.mrr(ranked, relevant)
@@ -79,7 +77,7 @@ def test_ndcg_of_a_full_ranking_is_scikit_learns(seed, rows, k):
     np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
-def test_ndcg_recall_precision_hits_and_mrr_are_ranxs():
+def test_ndcg_recall_and_mrr_are_ranxs():
     ranx = pytest.importorskip("ranx")
     rng = np.random.default_rng(3)
     ranked = np.stack([rng.permutation(60)[:40] + 1 for _ in range(50)])
@@ -93,8 +91,6 @@ def test_ndcg_recall_precision_hits_and_mrr_are_ranxs():
     names = {
         "ndcg@10": "ndcg",
         "recall@10": "recall",
-        "precision@10": "precision",
-        "hit_rate@10": "hit",
         "mrr@10": "mrr",
     }
     with warnings.catch_warnings():
@@ -114,8 +110,6 @@ def test_metrics_of_known_rankings():
     np.testing.assert_allclose(metrics.mrr(ranked, relevant), [1, 1 / 2, 1, 1 / 11])
     np.testing.assert_allclose(metrics.mrr(ranked, relevant, 10), [1, 1 / 2, 1, 0])
     np.testing.assert_allclose(metrics.recall(ranked, relevant, 10), [1, 1, 1 / 2, 0])
-    np.testing.assert_allclose(metrics.precision(ranked, relevant, 20), [0.05, 0.05, 0.1, 0.1])
-    np.testing.assert_allclose(metrics.hit(ranked, relevant, 10), [1, 1, 1, 0])
     # gains 3 and 1, the lesser one first: (1 + 3 / log2 3) / (3 + 1 / log2 3)
     assert metrics.ndcg(np.array([[5, 4]]), np.array([[4, 5]]), gains=np.array([[3, 1]]))[0] == pytest.approx(0.796708)
 
@@ -150,7 +144,7 @@ def test_more_right_answers_than_places_can_still_be_all_right():
 
 def test_a_request_without_a_right_answer_has_no_value():
     ranked, relevant = np.array([[1, 2], [1, 2]]), np.array([[0, 0], [2, 0]])
-    for name in ("ndcg", "mrr", "recall", "precision", "hit"):
+    for name in ("ndcg", "mrr", "recall"):
         found = getattr(metrics, name)(ranked, relevant, k=2)
         assert np.isnan(found[0]) and found[1] > 0
     assert np.isnan(metrics.ndcg(ranked, np.array([[1, 2], [2, 0]]), gains=np.zeros((2, 2)))).all()
@@ -159,7 +153,7 @@ def test_a_request_without_a_right_answer_has_no_value():
 def test_padding_in_a_ranking_is_no_hit_however_often():
     ranked, relevant = np.array([[0, 1, 0, 0, 2]]), np.array([[0, 0, 2]])
     assert metrics.mrr(ranked, relevant)[0] == pytest.approx(1 / 5)
-    assert metrics.hit(ranked, relevant, 4)[0] == 0
+    assert metrics.recall(ranked, relevant, 4)[0] == 0
 
 
 good = np.array([[1, 2, 3]])
@@ -627,26 +621,6 @@ def test_a_pair_with_a_gap_is_left_out_and_nothing_is_relative_to_zero():
     json.dumps(metrics.difference(a, b), allow_nan=False)
 
 
-def test_slices_are_the_intervals_of_their_values():
-    rng = np.random.default_rng(14)
-    values, groups = households(rng)
-    labels = np.array(["new", "loyal", "lost"])[rng.integers(0, 3, len(values))]
-    values[labels == "lost"] = np.nan
-    values[np.flatnonzero(labels == "new")[:2]] = np.nan
-    found = metrics.slices(values, labels, groups)
-    assert list(found) == ["loyal", "new"]
-    held = (labels == "new") & ~np.isnan(values)
-    count = {"n": int(held.sum()), "groups": len(set(groups[held].tolist()))}
-    assert found["new"] == metrics.interval(values[held], groups[held]) | count
-    assert metrics.slices(np.ones(3), np.array([2, 10, 2]))["2"] == {
-        "value": 1,
-        "low": 1,
-        "high": 1,
-        "n": 2,
-        "groups": 2,
-    }
-
-
 @pytest.mark.parametrize(
     ("call", "said"),
     [
@@ -657,9 +631,6 @@ def test_slices_are_the_intervals_of_their_values():
         (lambda: metrics.interval(np.ones(2), np.ones(3)), "shapes of values and groups disagree"),
         (lambda: metrics.difference(np.ones(2), np.ones(3)), "shapes of paired values disagree"),
         (lambda: metrics.difference(np.array([1, np.nan]), np.array([np.nan, 1])), "no value is left"),
-        (lambda: metrics.slices(np.ones(2), np.ones(3)), "shapes of values and labels disagree"),
-        (lambda: metrics.slices(np.ones(2), np.ones(2), np.ones(3)), "shapes of values and groups disagree"),
-        (lambda: metrics.slices(np.full(2, np.nan), np.ones(2)), "no value is left"),
     ],
 )
 def test_what_has_no_interval_is_refused(call, said):

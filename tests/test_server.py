@@ -718,10 +718,10 @@ def test_what_an_offer_does_not_say_is_0(model):
 
 @pytest.mark.parametrize("more", [[], [{"product": "nothing of ours", "display": 1}, {"product": -1, "display": 1}]])
 def test_an_offer_named_twice_is_one_offer(model, more):
-    """The last one holds; what the model does not have counts nothing."""
-    twice = [{"product": PRODUCTS[5], "display": display} for display in (1, 0.25)]
+    """Its strongest one, as in training; what the model does not have counts nothing."""
+    twice = [{"product": PRODUCTS[5], "display": display} for display in (0.25, 1, 0.5)]
     told = scores_of(model, {"offers": twice + more})
-    assert told[PRODUCTS[5]] == pytest.approx(BARE[5] + 0.25, abs=1e-6)
+    assert told[PRODUCTS[5]] == pytest.approx(BARE[5] + 1, abs=1e-6)
     assert model.encode([{"offers": twice + more}])["offers"].tolist() == [[6]]
 
 

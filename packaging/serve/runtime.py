@@ -129,14 +129,14 @@ class Model:
 
     def _offers(self, requests: list[Any]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """Return the promoted rows [B, P] of each request, each once, with their strengths [B, P, 3]."""
-        found = [
-            {
-                self._row[o["product"]]: [o.get(k, 0) for k in OFFER]
-                for o in r.get("offers", [])
-                if o["product"] in self._row
-            }
-            for r in requests
-        ]
+        found: list[dict[int, list[float]]] = [{} for _ in requests]
+        for told, request in zip(found, requests, strict=True):
+            for offer in request.get("offers", []):
+                if (row := self._row.get(offer["product"])) is not None:
+                    # one that is named twice counts by its strongest offer, as in training
+                    told[row] = [
+                        max(offer.get(k, 0), was) for k, was in zip(OFFER, told.get(row, [0] * 3), strict=True)
+                    ]
         offers = pad([np.array(sorted(told), np.int64) for told in found])
         strengths = np.zeros((*offers.shape, len(OFFER)), np.float32)
         for i, told in enumerate(found):

@@ -190,22 +190,3 @@ class OwnDecayed(OwnCounts):
     def weigh(self, found: Lines) -> npt.NDArray[Any]:
         """Return the weight of each event of a history."""
         return np.exp(-found.day / self.tau)
-
-
-@dataclass(frozen=True)
-class TopFrequency(OwnCounts):
-    """Rank by the number of the shopper's last baskets that hold a row, ties by the latest, the rest by popularity.
-
-    GP-TopFreq of Li et al. (TOIS 2023) for `latest` None.
-    """
-
-    name = "personal top frequency"
-    grid = tuple({"latest": latest} for latest in (None, 100, 50, 25, 10))
-
-    latest: int | None = None
-
-    def weigh(self, found: Lines) -> npt.NDArray[Any]:
-        """Return the weight of each event of a history; what is too old for the window still ranks by its time."""
-        counted = found.since < (np.inf if self.latest is None else self.latest)
-        # a newer basket weighs more than all older ones together; beyond some thirty baskets popularity decides
-        return counted + 2.0 ** -(2.0 + found.since)

@@ -5,7 +5,7 @@ shopper bought before and the most popular rows. Each example sees statistics of
 at the ends of weeks, the last before its day. Sizes as in shipyard.purchases, P candidates, F features.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,6 @@ from serve.errors import ShipyardError
 from shipyard.baselines import BLOCK, Baseline, Queries, Scorer, filled, levels
 from shipyard.purchases import Log, Purchases, counted, past, purchases
 
-Market = Callable[[Ints], tuple[Floats, Floats]]
-"""Returns how strongly rows are displayed and mailed [b, N + 1] at the time of baskets [b]."""
-
 TAUS = (7, 14, 30, 60, 120, 240)
 RECENT = 28.0
 """Days of recent popularity."""
@@ -31,7 +28,6 @@ FEATURES = (
     "type count", "type decayed count", "type days since last", "type days since last / mean gap", "part of type",
     "popularity", "recent popularity", "purchases per buyer", "baskets", "basket size", "days since any purchase",
 )  # fmt: skip
-MARKET = ("display", "mailer")
 
 
 @dataclass(frozen=True)
@@ -80,7 +76,6 @@ class Boosted(Baseline):
     popular: int = 50
     seed: int = 7
     threads: int = 1
-    market: Market | None = None
 
     def fit(self, behaviour: Purchases, until: int) -> Scorer:
         """Train on baskets before the period."""
@@ -126,14 +121,14 @@ class Boosted(Baseline):
             },
             lightgbm.Dataset(
                 np.concatenate(features), np.concatenate(labels).astype(np.int8), group=np.concatenate(sizes),
-                feature_name=list(FEATURES + (MARKET if self.market else ())),
+                feature_name=list(FEATURES),
             ),
             num_boost_round=self.trees,
         )  # fmt: skip
 
     def describe(self, log: Log, path_of_row: Ints, baskets: Ints, seen: Snapshot) -> Candidates:
         """Return the candidates of baskets with their features."""
-        return describe(log, path_of_row, baskets, seen, self.own, self.popular, self.market)
+        return describe(log, path_of_row, baskets, seen, self.own, self.popular)
 
     def _blocks(self, log: Log, until: int) -> Iterator[tuple[Ints, Snapshot]]:
         """Yield the baskets to learn from with what was known at the end of the week before, by week."""
@@ -176,9 +171,7 @@ def snapshot(log: Log, until: int, day: float) -> Snapshot:
     return Snapshot(day, *(part.astype(np.float32) for part in parts))
 
 
-def describe(
-    log: Log, path_of_row: Ints, baskets: Ints, seen: Snapshot, most: int, popular: int, market: Market | None = None
-) -> Candidates:
+def describe(log: Log, path_of_row: Ints, baskets: Ints, seen: Snapshot, most: int, popular: int) -> Candidates:
     """Return the candidates of baskets [b], `most` own rows and the `popular` ones, NaN for what is not known of them."""
     found = past(log, baskets)
     width, paths = log.width, int(path_of_row.max()) + 1
@@ -222,8 +215,6 @@ def describe(
         *(seen.popularity[row], seen.recent[row], seen.loyalty[row]),
         *(found.baskets[line], (np.bincount(found.line, minlength=len(baskets)) / visits)[line], any_last[line]),
     ]
-    if market is not None:
-        columns += [strength[line, row] for strength in market(baskets)]
     features = np.stack(columns, axis=1).astype(np.float32)
     order = np.lexsort((-features[:, 2 + TAUS.index(120)], line))
     above = np.empty(len(key), np.int64)

@@ -93,30 +93,6 @@ def recall(ranked: Rows, relevant: Rows, k: int) -> Floats:
     return _divide(found.sum(1), count)
 
 
-def precision(ranked: Rows, relevant: Rows, k: int) -> Floats:
-    """Return the part [B] of the first k places of rows best first [B, P] that is a right answer [B, K].
-
-    Manning, Raghavan and Schuetze (2008), 8.4. The divisor is k, though the ranking may be shorter.
-
-    Raises:
-        ShipyardError: shapes disagree, nothing to measure, or a row twice.
-    """
-    found, count = _hits(ranked, relevant, k)
-    return np.where(count > 0, found.sum(1) / k, np.nan)
-
-
-def hit(ranked: Rows, relevant: Rows, k: int) -> Floats:
-    """Return 1 [B] where a right answer [B, K] is in the first k places of rows best first [B, P], otherwise 0.
-
-    Also called success@k and hit rate (Deshpande and Karypis, TOIS 2004).
-
-    Raises:
-        ShipyardError: shapes disagree, nothing to measure, or a row twice.
-    """
-    found, count = _hits(ranked, relevant, k)
-    return np.where(count > 0, found.any(1).astype(np.float64), np.nan)
-
-
 def _divide(part: npt.NDArray[Any], whole: npt.NDArray[Any]) -> Floats:
     """Return part / whole [B], NaN where the whole is 0."""
     return np.divide(part, whole, out=np.full(len(whole), np.nan), where=whole > 0)
@@ -487,30 +463,6 @@ def difference(
     found: dict[str, Any] = dict(_between(whole[0] / whole[2], sums[:, 0] / sums[:, 2]))
     bounded = whole[1] > 0 and (sums[:, 1] > 0).all()
     found["relative"] = _between(whole[0] / whole[1], sums[:, 0] / sums[:, 1]) if bounded else None
-    return found
-
-
-def slices(
-    values: npt.NDArray[Any], labels: Labels, groups: Labels | None = None, seed: int = 7, rounds: int = 2000
-) -> dict[str, dict[str, float]]:
-    """Return the interval of the values [N] of each label [N], with `n` values and `groups` that were counted.
-
-    Sorted by label. A label all of whose values are NaN is left out.
-
-    Raises:
-        ShipyardError: shapes disagree, no value is left, or one is infinite.
-    """
-    _same("values and labels", values.shape, labels.shape)
-    if groups is not None:
-        _same("values and groups", values.shape, groups.shape)
-    known = ~np.isnan(_values(values))
-    _some(known)
-    found = {}
-    for label in np.unique(labels[known]):
-        held = known & (labels == label)
-        among = None if groups is None else groups[held]
-        count = {"n": int(held.sum()), "groups": int(held.sum()) if among is None else len(np.unique(among))}
-        found[str(label)] = interval(values[held], among, seed, rounds) | count
     return found
 
 

@@ -201,8 +201,9 @@ class Line:
     @functools.cache  # noqa: B019 - a line lives as long as its command
     def rerank(self, name: str) -> Record | None:
         """The cross-encoder of a sub-model that searches, where fleet.toml asks for one and a log can teach it."""
-        logged = all(self.data.said["counts"][period]["queries"] for period in ("train", "validation", "test"))
-        if not self.profile.rerank_steps or not logged or self.split(name).said["task"] != "search":
+        if not self.profile.rerank_steps or self.split(name).said["task"] != "search":
+            return None
+        if not all(self.data.said["counts"][period]["queries"] for period in ("train", "validation", "test")):
             return None
         data, tuned, _ = self.data, self.finetune, self.evaluate
         target = self.fleet.target[self.fleet.submodel[name].target]
