@@ -126,7 +126,7 @@ def test_bundles_hold_exactly_these_files(small: Made) -> None:
         tree = small.bundle(unit)
         return {p.relative_to(tree).as_posix() for p in tree.rglob("*") if p.is_file()}
 
-    code = {f"serve/{n}.py" for n in ("__init__", "errors", "history", "runtime", "server", "trust")}
+    code = {f"serve/{n}.py" for n in ("__init__", "blend", "errors", "history", "runtime", "server", "trust")}
     assert names("search") == {
         "bundle.json",
         "catalogue.json",
