@@ -224,7 +224,8 @@ def attest(name: str, manifest: str, key: Ed25519PrivateKey) -> str:
 
 def dump(release: Release) -> str:
     """Return the text of a release file: sorted keys, two spaces, one newline at its end."""
-    document = release.model_dump(mode="json", by_alias=True)
+    # what was not signed is not written: a release that is older than a field has it not
+    document = release.model_dump(mode="json", by_alias=True, exclude_unset=True)
     return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 

@@ -243,7 +243,7 @@ def _synth(
 
 def _print(found: Release, as_json: bool) -> int:
     if as_json:
-        print(found.model_dump_json(by_alias=True))
+        print(found.model_dump_json(by_alias=True, exclude_unset=True))
     else:
         print_release(found)
     return 0
