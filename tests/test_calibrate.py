@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from serve.errors import ShipyardError
 from shipyard import calibrate
 from shipyard.calibrate import KNOTS, METHODS, Calibration
-from shipyard.metrics import calibration_error, log_loss
+from shipyard.losses import calibration_error, log_loss
 
 quick = settings(deadline=None, max_examples=40)
 seeds = st.integers(0, 2**32 - 1)

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as npst
 from sklearn import metrics as sk
 
 from serve.errors import ShipyardError
-from shipyard import metrics
+from shipyard import intervals, losses, metrics
 
 quick = settings(deadline=None, max_examples=60)
 seeds = st.integers(0, 2**32 - 1)
@@ -267,7 +267,7 @@ def test_one_row_has_the_first_place_and_no_wrong_row_to_beat():
 
 def test_the_score_of_padding_is_never_looked_at():
     assert metrics.places(np.array([[np.nan, 1, 2]]), np.array([[2, 0]])).tolist() == [[1, 0]]
-    assert metrics.softmax_log_loss(np.array([[np.nan, 1.0, 1]]), np.array([[2, 0]]))[0] == pytest.approx(math.log(2))
+    assert losses.softmax_log_loss(np.array([[np.nan, 1.0, 1]]), np.array([[2, 0]]))[0] == pytest.approx(math.log(2))
 
 
 def test_places_of_a_large_catalogue_take_little_memory():
@@ -276,7 +276,7 @@ def test_places_of_a_large_catalogue_take_little_memory():
     relevant = np.tile(np.arange(1, 101), (16, 1))
     tracemalloc.start()
     found = metrics.places(scores, relevant)
-    metrics.softmax_log_loss(scores, relevant)
+    losses.softmax_log_loss(scores, relevant)
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert most < scores.nbytes  # requests x right answers x rows would be 100 times the scores
@@ -304,7 +304,7 @@ def test_scores_that_are_none_are_refused(scores, relevant, said):
         metrics.places(scores, relevant)
     if "not a number" not in said:
         with pytest.raises(ShipyardError, match=said):
-            metrics.softmax_log_loss(scores, relevant)
+            losses.softmax_log_loss(scores, relevant)
 
 
 @pytest.mark.parametrize(
@@ -335,21 +335,21 @@ def test_softmax_loss_is_the_textbooks_and_no_constant_changes_it(case, seed):
     for line, right in zip(scores, relevant, strict=True):
         part = np.exp(line[1:]) / np.exp(line[1:]).sum()
         expected.append(-np.log(part[right[right != 0] - 1]).mean() if right.any() else math.nan)
-    np.testing.assert_allclose(metrics.softmax_log_loss(scores, relevant), expected, rtol=1e-9)
-    np.testing.assert_allclose(metrics.softmax_log_loss(scores + 700, relevant), expected, rtol=1e-9)
+    np.testing.assert_allclose(losses.softmax_log_loss(scores, relevant), expected, rtol=1e-9)
+    np.testing.assert_allclose(losses.softmax_log_loss(scores + 700, relevant), expected, rtol=1e-9)
 
 
 def test_softmax_loss_of_hostile_scores():
     right = np.array([[1, 0]])
-    assert metrics.softmax_log_loss(np.array([[0, 1e30, -1e30]]), right)[0] == 0
-    assert metrics.softmax_log_loss(np.array([[0, 1.7e308, -1.7e308]]), right)[0] == 0
-    assert metrics.softmax_log_loss(np.array([[0, -1e30, 1e30]], np.float32), right)[0] == pytest.approx(2e30)
-    assert metrics.softmax_log_loss(np.array([[0, 1.0, -np.inf]]), right)[0] == 0
-    assert metrics.softmax_log_loss(np.array([[0, -np.inf, 1.0]]), right)[0] == np.inf
-    assert metrics.softmax_log_loss(np.zeros((1, 92_001), np.float32), right)[0] == pytest.approx(math.log(92_000))
+    assert losses.softmax_log_loss(np.array([[0, 1e30, -1e30]]), right)[0] == 0
+    assert losses.softmax_log_loss(np.array([[0, 1.7e308, -1.7e308]]), right)[0] == 0
+    assert losses.softmax_log_loss(np.array([[0, -1e30, 1e30]], np.float32), right)[0] == pytest.approx(2e30)
+    assert losses.softmax_log_loss(np.array([[0, 1.0, -np.inf]]), right)[0] == 0
+    assert losses.softmax_log_loss(np.array([[0, -np.inf, 1.0]]), right)[0] == np.inf
+    assert losses.softmax_log_loss(np.zeros((1, 92_001), np.float32), right)[0] == pytest.approx(math.log(92_000))
     for scores in ([0, 1, np.nan], [0, 1, np.inf], [0, -np.inf, -np.inf]):
         with pytest.raises(ShipyardError, match="scores have no softmax"):
-            metrics.softmax_log_loss(np.array([scores]), right)
+            losses.softmax_log_loss(np.array([scores]), right)
 
 
 @st.composite
@@ -366,9 +366,9 @@ def forecasts(draw):
 def test_log_loss_and_brier_are_scikit_learns(case):
     probability, label = case
     expected = sk.log_loss(label, probability, labels=[0, 1])
-    assert metrics.log_loss(probability, label).mean() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert losses.log_loss(probability, label).mean() == pytest.approx(expected, rel=1e-9, abs=1e-12)
     expected = np.mean((probability - label) ** 2)
-    assert metrics.brier(probability, label).mean() == pytest.approx(expected, abs=1e-12)
+    assert losses.brier(probability, label).mean() == pytest.approx(expected, abs=1e-12)
     if len(set(label.tolist())) == 2:
         assert expected == pytest.approx(sk.brier_score_loss(label, probability), abs=1e-12)
 
@@ -377,15 +377,15 @@ def test_log_loss_and_brier_are_scikit_learns(case):
 @quick
 def test_reliability_counts_all_whatever_their_order_and_its_error_is_below_1(case, bins, seed):
     probability, label = case
-    table = metrics.reliability(probability, label, bins)
+    table = losses.reliability(probability, label, bins)
     assert sum(table["count"]) == len(label) and len(table["count"]) <= bins
     assert np.average(table["predicted"], weights=table["count"]) == pytest.approx(probability.mean(), abs=1e-12)
     assert np.average(table["observed"], weights=table["count"]) == pytest.approx(label.mean(), abs=1e-12)
     assert (np.diff(table["predicted"]) > 0).all()
-    error = metrics.calibration_error(probability, label, bins)
+    error = losses.calibration_error(probability, label, bins)
     assert 0 <= error <= 1
     order = np.random.default_rng(seed).permutation(len(label))
-    assert metrics.calibration_error(probability[order], label[order], bins) == pytest.approx(error, abs=1e-12)
+    assert losses.calibration_error(probability[order], label[order], bins) == pytest.approx(error, abs=1e-12)
     json.dumps(table)
 
 
@@ -393,29 +393,29 @@ def test_bins_have_equal_mass_and_the_error_is_the_textbooks():
     rng = np.random.default_rng(1)
     probability = rng.permutation(300) / 300
     label = (rng.random(300) < probability**2).astype(int)
-    assert metrics.reliability(probability, label)["count"] == [20] * 15
+    assert losses.reliability(probability, label)["count"] == [20] * 15
     order = np.argsort(probability)
     apart = probability[order].reshape(15, 20).mean(1) - label[order].reshape(15, 20).mean(1)
-    assert metrics.calibration_error(probability, label) == pytest.approx(np.abs(apart).mean())
+    assert losses.calibration_error(probability, label) == pytest.approx(np.abs(apart).mean())
 
 
 def test_a_calibrated_forecast_has_a_small_error_and_a_constant_one_that_of_its_mean():
     rng = np.random.default_rng(2)
     probability = rng.random(40_000)
     label = rng.random(40_000) < probability
-    assert metrics.calibration_error(probability, label) < 0.01
-    assert metrics.calibration_error(probability / 2, label) == pytest.approx(0.25, abs=0.01)
-    table = metrics.reliability(np.full(10, 0.3), np.arange(10) < 5)
+    assert losses.calibration_error(probability, label) < 0.01
+    assert losses.calibration_error(probability / 2, label) == pytest.approx(0.25, abs=0.01)
+    table = losses.reliability(np.full(10, 0.3), np.arange(10) < 5)
     assert table == {"predicted": [pytest.approx(0.3)], "observed": [0.5], "count": [10]}
 
 
 def test_equal_probabilities_share_the_bin_of_their_mean_place():
     probability, label = np.r_[0.25, np.full(9, 0.75)], np.arange(10) < 4
     expected = {"predicted": [0.25, 0.75], "observed": [1, pytest.approx(3 / 9)], "count": [1, 9]}
-    assert metrics.reliability(probability, label, 2) == expected
+    assert losses.reliability(probability, label, 2) == expected
 
 
-@pytest.mark.parametrize("measure", [metrics.log_loss, metrics.brier, metrics.reliability, metrics.calibration_error])
+@pytest.mark.parametrize("measure", [losses.log_loss, losses.brier, losses.reliability, losses.calibration_error])
 @pytest.mark.parametrize(
     ("probability", "label", "said"),
     [
@@ -434,7 +434,7 @@ def test_what_is_no_forecast_is_refused(measure, probability, label, said):
 
 def test_a_table_of_no_bins_is_refused():
     with pytest.raises(ShipyardError, match="too few bins; value: 0"):
-        metrics.reliability(np.array([0.5]), np.array([1]), 0)
+        losses.reliability(np.array([0.5]), np.array([1]), 0)
 
 
 # --- classes ---------------------------------------------------------------------------------------------------------
@@ -448,7 +448,7 @@ def test_a_report_of_classes_is_scikit_learns(seed, classes, size):
     scores = rng.normal(0, 2, (size, classes))
     scores[np.arange(size), true] += 1
     predicted, everything = scores.argmax(1), np.arange(classes)
-    found = metrics.classification_report(true, scores, [f"c{c}" for c in everything], most=classes)
+    found = losses.classification_report(true, scores, [f"c{c}" for c in everything], most=classes)
     near = {"abs": 6e-6}
     assert found["accuracy"] == pytest.approx(sk.accuracy_score(true, predicted), **near)
     with warnings.catch_warnings():
@@ -472,19 +472,19 @@ def test_a_report_of_classes_is_scikit_learns(seed, classes, size):
 
 def test_the_table_holds_the_most_frequent_classes():
     true = np.array([2, 2, 2, 0, 0, 3])
-    found = metrics.classification_report(true, np.eye(4)[true], ["a", "b", "c", "d"], most=2)
+    found = losses.classification_report(true, np.eye(4)[true], ["a", "b", "c", "d"], most=2)
     assert [(line["name"], line["support"]) for line in found["classes"]] == [("c", 3), ("a", 2)]
     assert found["macro"] == {"precision": 1, "recall": 1, "f1": 1}
 
 
 def test_of_equal_class_scores_the_lower_index_comes_first():
-    found = metrics.classification_report(np.arange(5), np.zeros((5, 5)), list("abcde"))
+    found = losses.classification_report(np.arange(5), np.zeros((5, 5)), list("abcde"))
     assert found["accuracy"] == 0.2 and found["top_3_accuracy"] == 0.6
     assert found["cross_entropy"] == round(math.log(5), 5)
 
 
 def test_a_class_that_was_ruled_out_and_is_true_has_no_finite_cross_entropy():
-    found = metrics.classification_report(np.array([0, 1]), np.array([[-np.inf, 0], [1e30, 0]]), ["a", "b"])
+    found = losses.classification_report(np.array([0, 1]), np.array([[-np.inf, 0], [1e30, 0]]), ["a", "b"])
     assert found["cross_entropy"] is None and found["accuracy"] == 0
 
 
@@ -501,7 +501,7 @@ def test_a_class_that_was_ruled_out_and_is_true_has_no_finite_cross_entropy():
 )
 def test_what_is_no_classification_is_refused(true, scores, names, said):
     with pytest.raises(ShipyardError, match=said):
-        metrics.classification_report(np.array(true), np.array(scores, float), list(names))
+        losses.classification_report(np.array(true), np.array(scores, float), list(names))
 
 
 # --- intervals -------------------------------------------------------------------------------------------------------
@@ -512,8 +512,8 @@ def test_what_is_no_classification_is_refused(true, scores, names, said):
 def test_an_interval_holds_the_mean_whatever_the_order(values, seed, grouped):
     rng = np.random.default_rng(seed)
     groups = rng.integers(0, 7, len(values)) if grouped else None
-    found, order = metrics.interval(values, groups), rng.permutation(len(values))
-    moved = metrics.interval(values[order], None if groups is None else groups[order])
+    found, order = intervals.interval(values, groups), rng.permutation(len(values))
+    moved = intervals.interval(values[order], None if groups is None else groups[order])
     assert found["value"] == pytest.approx(values.mean(), abs=1e-5)
     assert found["low"] <= found["high"]
     assert values.min() - 1e-5 <= found["low"] and found["high"] <= values.max() + 1e-5
@@ -524,7 +524,7 @@ def test_an_interval_holds_the_mean_whatever_the_order(values, seed, grouped):
 
 def test_an_interval_is_as_wide_as_the_normal_one():
     values = np.random.default_rng(0).normal(0.3, 0.1, 400)
-    found = metrics.interval(values)
+    found = intervals.interval(values)
     assert found["low"] < values.mean() < found["high"]
     assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
 
@@ -537,7 +537,7 @@ def test_an_interval_of_groups_is_that_of_a_slow_bootstrap():
     for _ in range(2000):
         drawn = np.concatenate([np.flatnonzero(groups == g) for g in rng.integers(0, 60, 60)])
         means.append(values[drawn].mean())
-    found, (low, high) = metrics.interval(values, groups), np.quantile(means, [0.025, 0.975])
+    found, (low, high) = intervals.interval(values, groups), np.quantile(means, [0.025, 0.975])
     assert found["low"] == pytest.approx(low, abs=0.04) and found["high"] == pytest.approx(high, abs=0.04)
 
 
@@ -550,7 +550,7 @@ def test_a_clustered_interval_covers_and_is_wider_than_the_naive_one():
     rng, naive, clustered, widths = np.random.default_rng(6), 0, 0, []
     for _ in range(300):
         values, groups = households(rng, size=200)
-        each = [metrics.interval(values, g, rounds=400) for g in (None, groups)]
+        each = [intervals.interval(values, g, rounds=400) for g in (None, groups)]
         widths.append([found["high"] - found["low"] for found in each])
         naive += each[0]["low"] <= 0 <= each[0]["high"]
         clustered += each[1]["low"] <= 0 <= each[1]["high"]
@@ -562,13 +562,13 @@ def test_a_clustered_interval_covers_and_is_wider_than_the_naive_one():
 
 def test_without_correlation_clusters_change_little():
     values, groups = households(np.random.default_rng(8), size=300, shared=0)
-    naive, clustered = metrics.interval(values), metrics.interval(values, groups)
+    naive, clustered = intervals.interval(values), intervals.interval(values, groups)
     assert clustered["high"] - clustered["low"] == pytest.approx(naive["high"] - naive["low"], rel=0.2)
 
 
 def test_each_value_in_a_group_of_its_own_is_no_group():
     values = np.random.default_rng(9).random(50)
-    assert metrics.interval(values, np.array([f"h{i}" for i in range(50)])) == metrics.interval(values)
+    assert intervals.interval(values, np.array([f"h{i}" for i in range(50)])) == intervals.interval(values)
 
 
 def test_undefined_values_are_left_out_of_sum_and_count():
@@ -576,21 +576,21 @@ def test_undefined_values_are_left_out_of_sum_and_count():
     values, groups = rng.random(40), rng.integers(0, 9, 40)
     gaps = rng.random(40) < 0.3
     holed = np.where(gaps, np.nan, values)
-    assert metrics.interval(holed, groups) == metrics.interval(values[~gaps], groups[~gaps])
-    assert metrics.interval(holed) == metrics.interval(values[~gaps])
-    assert metrics.interval(np.array([np.nan, 0.5])) == {"value": 0.5, "low": 0.5, "high": 0.5}
+    assert intervals.interval(holed, groups) == intervals.interval(values[~gaps], groups[~gaps])
+    assert intervals.interval(holed) == intervals.interval(values[~gaps])
+    assert intervals.interval(np.array([np.nan, 0.5])) == {"value": 0.5, "low": 0.5, "high": 0.5}
 
 
 def test_equal_values_have_an_interval_of_no_width():
-    assert metrics.interval(np.full(30, 0.25)) == {"value": 0.25, "low": 0.25, "high": 0.25}
-    zero = metrics.interval(np.full(30, -1e-9))
+    assert intervals.interval(np.full(30, 0.25)) == {"value": 0.25, "low": 0.25, "high": 0.25}
+    zero = intervals.interval(np.full(30, -1e-9))
     assert math.copysign(1, zero["value"]) == 1
 
 
 def test_another_seed_draws_other_groups_and_the_same_seed_the_same():
     values = np.random.default_rng(11).random(30)
-    assert metrics.interval(values) == metrics.interval(values.copy())
-    assert metrics.interval(values, seed=8) != metrics.interval(values)
+    assert intervals.interval(values) == intervals.interval(values.copy())
+    assert intervals.interval(values, seed=8) != intervals.interval(values)
 
 
 def test_a_paired_difference_is_narrower_than_what_it_is_made_of_and_its_sign_turns():
@@ -598,39 +598,39 @@ def test_a_paired_difference_is_narrower_than_what_it_is_made_of_and_its_sign_tu
     b, groups = households(rng, size=100)
     b = b + 3
     a = b + rng.normal(0.3, 0.05, len(b))
-    found, alone = metrics.difference(a, b, groups), metrics.interval(b, groups)
+    found, alone = intervals.difference(a, b, groups), intervals.interval(b, groups)
     assert found["high"] - found["low"] < 0.2 * (alone["high"] - alone["low"])
-    assert {n: found[n] for n in ("value", "low", "high")} == metrics.interval(a - b, groups)
+    assert {n: found[n] for n in ("value", "low", "high")} == intervals.interval(a - b, groups)
     assert found["relative"]["value"] == pytest.approx((a - b).mean() / b.mean(), abs=1e-5)
     assert found["relative"]["low"] < found["relative"]["value"] < found["relative"]["high"]
-    assert metrics.difference(b, a, groups)["value"] == -found["value"]
+    assert intervals.difference(b, a, groups)["value"] == -found["value"]
 
 
 def test_the_interval_of_a_relative_difference_is_that_of_a_ratio():
     """Where a is twice b in every request, the ratio is known exactly though both means are not."""
     b = np.random.default_rng(13).random(50)
-    assert metrics.difference(2 * b, b)["relative"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert intervals.difference(2 * b, b)["relative"] == {"value": 1.0, "low": 1.0, "high": 1.0}
 
 
 def test_a_pair_with_a_gap_is_left_out_and_nothing_is_relative_to_zero():
     a, b = np.array([0.5, np.nan, 0.7, 0.2]), np.array([0.1, 0.2, np.nan, 0.4])
-    assert metrics.difference(a, b) == metrics.difference(a[[0, 3]], b[[0, 3]])
-    assert metrics.difference(a[[0, 3]], np.zeros(2))["relative"] is None
+    assert intervals.difference(a, b) == intervals.difference(a[[0, 3]], b[[0, 3]])
+    assert intervals.difference(a[[0, 3]], np.zeros(2))["relative"] is None
     turning = np.array([1.0, 1.0, -1.0])  # above 0 on average and below it in some draws
-    assert metrics.difference(turning + 1, turning)["relative"] is None
-    json.dumps(metrics.difference(a, b), allow_nan=False)
+    assert intervals.difference(turning + 1, turning)["relative"] is None
+    json.dumps(intervals.difference(a, b), allow_nan=False)
 
 
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: metrics.interval(np.array([])), "no value is left to average"),
-        (lambda: metrics.interval(np.full(3, np.nan)), "no value is left to average; value: '3, all undefined'"),
-        (lambda: metrics.interval(np.array([1, np.inf])), "a value is infinite"),
-        (lambda: metrics.interval(np.ones((2, 2))), "values have the wrong shape"),
-        (lambda: metrics.interval(np.ones(2), np.ones(3)), "shapes of values and groups disagree"),
-        (lambda: metrics.difference(np.ones(2), np.ones(3)), "shapes of paired values disagree"),
-        (lambda: metrics.difference(np.array([1, np.nan]), np.array([np.nan, 1])), "no value is left"),
+        (lambda: intervals.interval(np.array([])), "no value is left to average"),
+        (lambda: intervals.interval(np.full(3, np.nan)), "no value is left to average; value: '3, all undefined'"),
+        (lambda: intervals.interval(np.array([1, np.inf])), "a value is infinite"),
+        (lambda: intervals.interval(np.ones((2, 2))), "values have the wrong shape"),
+        (lambda: intervals.interval(np.ones(2), np.ones(3)), "shapes of values and groups disagree"),
+        (lambda: intervals.difference(np.ones(2), np.ones(3)), "shapes of paired values disagree"),
+        (lambda: intervals.difference(np.array([1, np.nan]), np.array([np.nan, 1])), "no value is left"),
     ],
 )
 def test_what_has_no_interval_is_refused(call, said):

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from serve.errors import ShipyardError
-from shipyard.metrics import log_loss
+from shipyard.losses import log_loss
 
 METHODS = ("platt", "isotonic")
 

@@ -24,7 +24,7 @@ from models.behaviour import VALIDATION, Behaviour, Ints, evenly, load_behaviour
 from models.config import Finetune, Profile
 from serve.errors import ShipyardError
 from serve.history import pad
-from shipyard import metrics
+from shipyard import intervals, metrics
 from shipyard.queries import misspell, paraphrase
 from shipyard.stage import Record, Stage, write
 from shipyard.tower import encode, pretrain, train_tower
@@ -121,7 +121,7 @@ def _compared(profile_name: str, start: Record, records: Mapping[str, Record]) -
 
     def over(a: Mapping[str, Any], b: Mapping[str, Any], kind: str) -> dict[str, Any]:
         ours, theirs = (np.array(side["ndcg@10"][kind]) for side in (a, b))
-        return metrics.difference(ours, theirs, owners[np.array(first["which"][kind])])
+        return intervals.difference(ours, theirs, owners[np.array(first["which"][kind])])
 
     methods: dict[str, Any] = {}
     for name, found in records.items():
@@ -299,7 +299,7 @@ def retrieve(
         ndcg = metrics.ndcg(metrics.top(scores), right, gains=questions.gains[which])
         mrr = metrics.mrr_of_places(metrics.places(scores, right))
         record[kind] = {
-            "examples": len(which), "ndcg@10": metrics.interval(ndcg, owners), "mrr": metrics.interval(mrr, owners),
+            "examples": len(which), "ndcg@10": intervals.interval(ndcg, owners), "mrr": intervals.interval(mrr, owners),
         }  # fmt: skip
         values["which"][kind] = which.tolist()
         for metric, value in (("ndcg@10", ndcg), ("mrr", mrr)):

@@ -20,7 +20,7 @@ from torch import Tensor
 from models import submodel, trunk
 from models.behaviour import TEST, VALIDATION, Behaviour, Ints, Level, load_behaviour
 from models.config import Finetune, Profile
-from shipyard import calibrate, metrics
+from shipyard import calibrate, intervals, losses, metrics
 from shipyard.baselines import Baseline, OwnCounts, OwnDecayed, Popularity, RecentPopularity, rank
 from shipyard.boosted import Boosted
 from shipyard.examples import RETURNED, Answered, Cut, Examples, Scores, answer, load_joint
@@ -79,8 +79,8 @@ class Judge:
         best, tuned, ranked = self.baselines(name, validation, test)
         rules = {
             rule: {
-                **metrics.interval(test.ndcg(rows), owners),
-                "over": metrics.difference(after, test.ndcg(rows), owners),
+                **intervals.interval(test.ndcg(rows), owners),
+                "over": intervals.difference(after, test.ndcg(rows), owners),
                 "settings": tuned[rule][0],
                 "validation": tuned[rule][1],
             }
@@ -93,10 +93,10 @@ class Judge:
             "households": len(np.unique(owners)),
             "baseline_name": best,
             "baseline": {bound: rules[best][bound] for bound in ("value", "low", "high")},
-            "before": metrics.interval(before, owners),
-            "after": metrics.interval(after, owners),
+            "before": intervals.interval(before, owners),
+            "after": intervals.interval(after, owners),
             "over_baseline": rules[best]["over"],
-            "over_before": metrics.difference(after, before, owners),
+            "over_before": intervals.difference(after, before, owners),
             "over_teacher": None,
             "baselines": rules,
             "metrics": _figures(found, relevant, owners, test.rows),
@@ -105,8 +105,8 @@ class Judge:
         }  # fmt: skip
         if module.TEACHER is not None:
             rows = self.teacher(module.TEACHER, test)
-            record["teacher"] = {"name": module.TEACHER, **metrics.interval(test.ndcg(rows), owners)}
-            record["over_teacher"] = metrics.difference(after, test.ndcg(rows), owners)
+            record["teacher"] = {"name": module.TEACHER, **intervals.interval(test.ndcg(rows), owners)}
+            record["over_teacher"] = intervals.difference(after, test.ndcg(rows), owners)
         if not test.logged:
             # a search of the log has no basket, so that nothing of it is told apart
             record |= {
@@ -117,7 +117,7 @@ class Judge:
             record["queries"] = self.queries(test, {"after": found.ranked, "before": untrained.ranked})
         if found.logits is not None:
             names = [str(label) for label in self.behaviour.names(module.LEVEL)]
-            record["report"] = metrics.classification_report(relevant[:, 0] - 1, found.logits.astype(float), names)
+            record["report"] = losses.classification_report(relevant[:, 0] - 1, found.logits.astype(float), names)
         return record, (held, found)
 
     def fusion(self, search: str, names: Sequence[str], said: tuple[Answered, Answered]) -> dict[str, Any]:
@@ -307,9 +307,9 @@ def _pair(ranked: Ints, rival: Ints, right: Ints, owners: Ints) -> dict[str, Any
     ours, theirs = metrics.ndcg(ranked[kept], right[kept]), metrics.ndcg(rival[kept], right[kept])
     return {
         "examples": int(kept.sum()),
-        "after": metrics.interval(ours, owners[kept]),
-        "baseline": metrics.interval(theirs, owners[kept]),
-        "over_baseline": metrics.difference(ours, theirs, owners[kept]),
+        "after": intervals.interval(ours, owners[kept]),
+        "baseline": intervals.interval(theirs, owners[kept]),
+        "over_baseline": intervals.difference(ours, theirs, owners[kept]),
     }
 
 
@@ -317,18 +317,18 @@ def _several(ranked: Mapping[str, Ints], cut: Cut) -> dict[str, Any]:
     values = {which: cut.ndcg(rows) for which, rows in ranked.items()}
     return {
         "examples": len(cut.baskets),
-        **{which: metrics.interval(value, cut.owners) for which, value in values.items()},
-        "over_before": metrics.difference(values["after"], values["before"], cut.owners),
-        "over_BM25": metrics.difference(values["after"], values["BM25"], cut.owners),
+        **{which: intervals.interval(value, cut.owners) for which, value in values.items()},
+        "over_before": intervals.difference(values["after"], values["before"], cut.owners),
+        "over_BM25": intervals.difference(values["after"], values["BM25"], cut.owners),
     }
 
 
 def _of_ranking(ranked: Ints, relevant: Ints, owners: Ints) -> dict[str, Any]:
     """Return what the first ten places tell."""
     return {
-        "ndcg@10": metrics.interval(metrics.ndcg(ranked, relevant), owners),
-        "recall@10": metrics.interval(metrics.recall(ranked, relevant, metrics.PLACES), owners),
-        "mrr@10": metrics.interval(metrics.mrr(ranked, relevant, metrics.PLACES), owners),
+        "ndcg@10": intervals.interval(metrics.ndcg(ranked, relevant), owners),
+        "recall@10": intervals.interval(metrics.recall(ranked, relevant, metrics.PLACES), owners),
+        "mrr@10": intervals.interval(metrics.mrr(ranked, relevant, metrics.PLACES), owners),
     }
 
 
@@ -336,10 +336,10 @@ def _figures(found: Answered, relevant: Ints, owners: Ints, rows: int) -> dict[s
     """Return all metrics of a model's full ranking."""
     return {
         **_of_ranking(found.ranked[:, : metrics.PLACES], relevant, owners),
-        "recall@100": metrics.interval(metrics.recall(found.ranked, relevant, RETURNED), owners),
-        "mrr": metrics.interval(metrics.mrr_of_places(found.places), owners),
-        "auc": metrics.interval(metrics.auc(found.places, relevant, rows), owners),
-        "log_loss": metrics.interval(found.log_loss, owners),
+        "recall@100": intervals.interval(metrics.recall(found.ranked, relevant, RETURNED), owners),
+        "mrr": intervals.interval(metrics.mrr_of_places(found.places), owners),
+        "auc": intervals.interval(metrics.auc(found.places, relevant, rows), owners),
+        "log_loss": intervals.interval(found.log_loss, owners),
     }
 
 
@@ -353,11 +353,11 @@ def _calibration(held: Answered, validation: Cut, found: Answered, test: Cut) ->
     probability = chosen.apply(scores)
     return {
         **chosen.to_json(),
-        "calibration_error": round(metrics.calibration_error(probability, labels), 5),
-        "log_loss": round(float(np.mean(metrics.log_loss(probability, labels))), 5),
-        "brier": round(float(np.mean(metrics.brier(probability, labels))), 5),
-        "raw_calibration_error": round(metrics.calibration_error(1 / (1 + np.exp(-scores.clip(-60, 60))), labels), 5),
-        "reliability": metrics.reliability(probability, labels),
+        "calibration_error": round(losses.calibration_error(probability, labels), 5),
+        "log_loss": round(float(np.mean(losses.log_loss(probability, labels))), 5),
+        "brier": round(float(np.mean(losses.brier(probability, labels))), 5),
+        "raw_calibration_error": round(losses.calibration_error(1 / (1 + np.exp(-scores.clip(-60, 60))), labels), 5),
+        "reliability": losses.reliability(probability, labels),
     }
 
 

@@ -15,7 +15,7 @@ from models import submodel, trunk
 from models.behaviour import Behaviour, Floats, Ints, View, evenly
 from models.config import Finetune
 from serve.errors import ShipyardError
-from shipyard import metrics
+from shipyard import losses, metrics
 from shipyard.joint import Batches, Vectors, build_joint, load_vectors, request
 
 RETURNED = 100
@@ -165,7 +165,7 @@ def answer(
             scores.append(np.take_along_axis(found, rows, 1))
             if full:
                 places.append(metrics.places(found, relevant[part]))
-                loss.append(metrics.softmax_log_loss(found, relevant[part]))
+                loss.append(losses.softmax_log_loss(found, relevant[part]))
             if keep:
                 logits.append(found[:, 1:])
             report(part.stop)

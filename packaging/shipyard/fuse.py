@@ -14,7 +14,7 @@ from scipy import optimize
 
 from models.behaviour import Ints
 from serve.fusion import FEATURES, METHODS, Candidates, Method, describe, fuse, gather
-from shipyard import metrics
+from shipyard import intervals, metrics
 
 STEPS = 10
 """Weights are tried in steps of a tenth."""
@@ -41,12 +41,12 @@ def fit_fusion(validation: Rankings, right: Ints, test: Rankings, relevant: Ints
         methods[method] = {
             "parameters": tried[best],
             "validation": round(values[best], 5),
-            "test": metrics.interval(_ndcg(judge, method, tried[best], relevant), owners),
+            "test": intervals.interval(_ndcg(judge, method, tried[best], relevant), owners),
         }
     single: dict[str, Any] = {
         source: {
             "validation": round(float(np.nanmean(metrics.ndcg(validation[source][0], right))), 5),
-            "test": metrics.interval(metrics.ndcg(test[source][0], relevant), owners),
+            "test": intervals.interval(metrics.ndcg(test[source][0], relevant), owners),
         }
         for source in sources
     }
@@ -61,7 +61,7 @@ def fit_fusion(validation: Rankings, right: Ints, test: Rankings, relevant: Ints
         "methods": methods,
         "single": single,
         "best_single": rival,
-        "over_best_single": metrics.difference(fused, metrics.ndcg(test[rival][0], relevant), owners),
+        "over_best_single": intervals.difference(fused, metrics.ndcg(test[rival][0], relevant), owners),
     }
 
 

@@ -25,7 +25,7 @@ from models.config import Finetune, Profile, Target
 from models.cross import MAX_TOKENS, CrossEncoder
 from serve.blend import blend
 from serve.errors import ShipyardError
-from shipyard import metrics
+from shipyard import intervals
 from shipyard.examples import Answered, Cut, Examples, answer, load_joint
 from shipyard.export import OPSET, TOLERANCE, check_versions, open_session, save_graph
 from shipyard.quantise import to_fp16
@@ -166,9 +166,9 @@ def rerank(
         "parity": parity,
         "loss": loss,
         "examples": len(owners),
-        "search": metrics.interval(alone, owners),
-        "reranked": metrics.interval(reranked, owners),
-        "over_search": metrics.difference(reranked, alone, owners),
+        "search": intervals.interval(alone, owners),
+        "reranked": intervals.interval(reranked, owners),
+        "over_search": intervals.difference(reranked, alone, owners),
     }
 
 
