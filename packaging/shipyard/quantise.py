@@ -167,6 +167,8 @@ def rows_to_int8(rows: npt.NDArray[np.float32], block: int) -> tuple[npt.NDArray
     blocks = rows.reshape(len(rows), -1, block)
     scales = np.abs(blocks).max(2) / 127
     codes = np.round(np.divide(blocks, scales[..., None], out=np.zeros_like(blocks), where=scales[..., None] > 0))
+    # the scale of numbers next to 0 has few bits left
+    codes = codes.clip(-127, 127)
     return (codes + 128).astype(np.uint8), scales.astype(np.float32)
 
 
