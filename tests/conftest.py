@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 TINY = """
 [profile.tiny]
-households = 90
+households = 60
 tower_steps = 3
 tower_batch = 8
 joint_steps = 4

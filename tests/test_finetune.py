@@ -306,4 +306,4 @@ def test_training_never_sees_a_paraphrase() -> None:
 def test_tiny_profile_of_the_tests_is_valid(tmp_path: Path) -> None:
     path = tmp_path / "fleet.toml"
     path.write_text((ROOT / "fleet.toml").read_text() + TINY)
-    assert load_fleet(path).profile["tiny"].households == 90
+    assert load_fleet(path).profile["tiny"].households == 60
