@@ -11,10 +11,11 @@ def blend(first: npt.NDArray[np.floating], second: npt.NDArray[np.floating], wei
 
     `weight`, from 0 to 1, is the cross-encoder's.
     """
-    return (1 - weight) * _scaled(first) + weight * _scaled(second)
+    return (1 - weight) * scaled(first) + weight * scaled(second)
 
 
-def _scaled(scores: npt.NDArray[np.floating]) -> Floats:
+def scaled(scores: npt.NDArray[np.floating]) -> Floats:
+    """Return scores [..., D] scaled to 0..1 over the D products; equal ones are 0."""
     found = scores.astype(np.float64)
     least = found.min(-1, keepdims=True)
     span = found.max(-1, keepdims=True) - least

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from serve.blend import blend
+from serve.blend import blend, scaled
 from serve.errors import ShipyardError
 from serve.history import KINDS, MOST_OFFERS, OFFER, Past, histories, pad
 from serve.trust import MANIFEST, Keys, check_bundle, sha256_file, verify_attestation
@@ -118,13 +118,8 @@ class Model:
         if self.takes_offers:
             inputs |= {"offers": offers, "strengths": strengths}
         if self._tokenizer is not None:
-            # padded here and not by the tokenizer, whose saved settings are another's
             ids = [self._tokenizer.encode(request["query"]).ids for request in requests]
-            inputs["query_ids"] = np.zeros((len(ids), max(map(len, ids))), np.int64)
-            inputs["query_mask"] = np.zeros_like(inputs["query_ids"])
-            for i, tokens in enumerate(ids):
-                inputs["query_ids"][i, : len(tokens)] = tokens
-                inputs["query_mask"][i, : len(tokens)] = 1
+            inputs["query_ids"], inputs["query_mask"] = _tokens(ids)
         return inputs
 
     def _offers(self, requests: list[Any]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
@@ -224,12 +219,11 @@ class _Reader:
 
         Each request is read alone, so that its answer does not depend on what it came with.
         """
-        rows, scores = rows.copy(), _below_one(scores)
+        rows, scores = rows.copy(), scaled(scores).astype(np.float32)
         depth = min(self._depth, rows.shape[1])
         for line, query in enumerate(queries):
             found = [self._tokenizer.encode(query, self._texts[row - 1]).ids for row in rows[line, :depth].tolist()]
-            ids = pad([np.array(tokens, np.int64) for tokens in found])
-            mask = (np.arange(ids.shape[1]) < np.array(list(map(len, found)))[:, None]).astype(np.int64)
+            ids, mask = _tokens(found)
             [read] = self._session.run(["scores"], {"pair_ids": ids, "pair_mask": mask})
             mixed = blend(scores[line, :depth], read[:, 0], self._weight)
             order = np.argsort(-mixed, kind="stable")
@@ -238,9 +232,11 @@ class _Reader:
         return rows, scores
 
 
-def _below_one(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Return scores [B, P] scaled to 0..1 in each line."""
-    return blend(scores, scores, 0.0).astype(np.float32)
+def _tokens(ids: list[list[int]]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return token ids and mask [n, L]; padded here and not by the tokenizer, whose saved settings are another's."""
+    padded = pad([np.array(tokens, np.int64) for tokens in ids])
+    mask = np.arange(padded.shape[1]) < np.array([len(tokens) for tokens in ids])[:, None]
+    return padded, mask.astype(np.int64)
 
 
 def _check_product(value: Any, where: str, needed: set[str], more: set[str]) -> None:
