@@ -1,8 +1,8 @@
 """Synthesize the fleet: fleet.toml and the signed releases that it names become one stage of stacks an environment.
 
 Context: `-c env=dev,prod` restricts the environments; `-c release=PATH` takes that release for all of them, with the
-trusted keys of `-c keys=FOLDER` or of the folder `keys` beside it; `-c fleet=PATH` names another fleet.toml. Paths are
-relative to the folder of this file.
+trusted keys of `-c keys=FOLDER` or of the folder `keys` beside it; `-c fleet=PATH` names another fleet.toml; `-c
+allow-older=true` takes releases before project.minimum_sequence too. Paths are relative to the folder of this file.
 """
 
 import sys
@@ -61,7 +61,8 @@ def build(app: cdk.App, root: Path) -> None:
                 f"env.{name}: no such release", value=str(path), mend="publish it or give one: -c release=PATH"
             )
         keys = load_keys(root / keys_path if keys_path else path.parent / "keys")
-        release = read_release(path, keys)
+        oldest = 0 if app.node.try_get_context("allow-older") == "true" else fleet.project.minimum_sequence
+        release = read_release(path, keys, oldest)
         FleetStage(app, name, fleet=fleet, release=release, signer=trusted_key(release, keys))
 
 

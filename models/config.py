@@ -24,12 +24,16 @@ class Settings(BaseModel):
 
 
 class Project(Settings):
-    """Name the project: `name` is the prefix of stacks, `version` the major.minor.patch of its releases."""
+    """Name the project: `name` is the prefix of stacks, `version` the major.minor.patch of its releases.
+
+    A release whose sequence is smaller than `minimum_sequence` is refused: signatures do not age, faults become known.
+    """
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,15}$", description="1 to 16 of a-z, 0-9 and -")]
     version: Annotated[
         str, Field(pattern=r"^(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)$", description="major.minor.patch, as 0.1.0")
     ]
+    minimum_sequence: Annotated[int, Field(ge=0, lt=10**15)] = 0
 
 
 class Data(Settings):

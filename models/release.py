@@ -3,10 +3,10 @@
 import base64
 import hashlib
 import json
+from collections.abc import Set
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Protocol, Self
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pydantic import Field, ValidationError, model_validator
 
@@ -14,8 +14,9 @@ from models.config import Name, Settings, TargetName, explain
 
 # infra and app.py import nothing of serve themselves, so what they need of it they find here
 from serve.errors import ShipyardError as ShipyardError
+from serve.files import read_json
 from serve.trust import Keys as Keys
-from serve.trust import canonical, key_id, read_json, statement, verify
+from serve.trust import PublicKey, Revoked, algorithm, canonical, key_id, statement, verify
 from serve.trust import load_keys as load_keys
 
 SCHEMA = "shipyard.release/2"
@@ -145,7 +146,7 @@ class Artifact(Settings):
     key: Key
     digest: Sha256
     manifest: Sha256
-    attestation: Annotated[str, Field(pattern=r"^[0-9a-f]{16}:[A-Za-z0-9+/=]+$")]
+    attestation: Annotated[str, Field(pattern=r"^[0-9a-f]{16}:[0-9]{1,15}:[A-Za-z0-9+/=]+$")]
     files: Annotated[tuple[File, ...], Field(min_length=1)]
     template: dict[str, Any]
 
@@ -173,18 +174,22 @@ class Source(Settings):
 
 
 class Signature(Settings):
-    """An Ed25519 signature (RFC 8032) over the canonical form (RFC 8785) of the rest of the document."""
+    """A signature over the canonical form (RFC 8785) of the rest of the document, by an algorithm of `serve.trust`."""
 
-    algorithm: Literal["ed25519"]
+    algorithm: Literal["ed25519", "ecdsa-p256-sha256"]
     key_id: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
     value: str
 
 
 class Release(Settings):
-    """One release. `version` ends in the digest of the content: the same content has the same version."""
+    """One release. `version` ends in the digest of the content: the same content has the same version.
+
+    `sequence` counts releases that were published: a later one has a larger number, whatever a clock says.
+    """
 
     schema_name: Annotated[Literal["shipyard.release/2"], Field(alias="schema")]
     version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+-g[0-9a-f]{12}$")]
+    sequence: Annotated[int, Field(ge=0, lt=10**15)] = 0
     profile: Name
     source: Source
     submodels: dict[Name, Submodel]
@@ -208,18 +213,32 @@ def artifact_key(name: str, digest: str) -> str:
     return f"artifacts/{name}/{digest}/"
 
 
-def sign(body: dict[str, Any], semver: str, key: Ed25519PrivateKey) -> Release:
+class Signer(Protocol):
+    """A private key, or a service that keeps one: an Ed25519PrivateKey is one, shipyard.keys has another."""
+
+    def sign(self, data: bytes, /) -> bytes:
+        """Return the signature of `data`."""
+        ...
+
+    def public_key(self) -> PublicKey:
+        """Return the public half."""
+        ...
+
+
+def sign(body: dict[str, Any], semver: str, key: Signer) -> Release:
     """Complete `body` with the schema, the version that its content has, and a signature."""
     document = {"schema": SCHEMA, **json.loads(json.dumps(body))}
     document["version"] = f"{semver}-g{hashlib.sha256(canonical(document)).hexdigest()[:12]}"
     value = base64.b64encode(key.sign(canonical(document))).decode()
-    document["signature"] = {"algorithm": "ed25519", "key_id": key_id(key.public_key()), "value": value}
+    public = key.public_key()
+    document["signature"] = {"algorithm": algorithm(public), "key_id": key_id(public), "value": value}
     return _parse(document, f"release {document['version']}")
 
 
-def attest(name: str, manifest: str, key: Ed25519PrivateKey) -> str:
-    """Return a key's attestation of a bundle, as `serve.trust.verify_attestation` reads it."""
-    return f"{key_id(key.public_key())}:{base64.b64encode(key.sign(statement(name, manifest))).decode()}"
+def attest(name: str, manifest: str, key: Signer, sequence: int = 0) -> str:
+    """Return a key's attestation of a bundle of the release `sequence`, as `serve.trust.verify_attestation` reads it."""
+    signed = base64.b64encode(key.sign(statement(name, manifest, sequence))).decode()
+    return f"{key_id(key.public_key())}:{sequence}:{signed}"
 
 
 def dump(release: Release) -> str:
@@ -229,12 +248,12 @@ def dump(release: Release) -> str:
     return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
-def read_release(path: Path, keys: Keys) -> Release:
+def read_release(path: Path, keys: Keys, oldest: int = 0) -> Release:
     """Read a release file, verify its signature and validate it.
 
     Raises:
-        ShipyardError: the file is missing, is no release, is not signed by one of `keys`, was changed, or does not bear
-            the version of its name.
+        ShipyardError: the file is missing, is no release, is not signed by one of `keys`, was changed, does not bear
+            the version of its name, or its sequence is smaller than the `oldest` that is allowed.
     """
     document = read_json(path)
     verify(document, keys, str(path))
@@ -246,12 +265,36 @@ def read_release(path: Path, keys: Keys) -> Release:
             allowed=release.version,
             mend="rename the file back",
         )
+    if release.sequence < oldest:
+        raise ShipyardError(
+            f"{path}: older than project.minimum_sequence in fleet.toml allows", value=release.sequence,
+            allowed=f"{oldest} or later", mend="name a later release, or ask for it: --allow-older, -c allow-older=true",
+        )  # fmt: skip
     return release
+
+
+def next_sequence(folder: Path, digests: Set[str]) -> int:
+    """Return the number of a new release whose artifacts have these digests, after those that are published in `folder`.
+
+    The same artifacts have the same number again. Files are not verified: one that is not signed only costs a number.
+    """
+    newest = 0
+    for path in sorted(folder.glob("*.json")):
+        document = read_json(path)
+        sequence = document.get("sequence", 0)
+        if type(sequence) is not int:
+            raise ShipyardError(f"{path}: sequence: wrong", value=str(sequence)[:40], mend="restore the file")
+        if {artifact["digest"] for artifact in document.get("artifacts", ())} == digests:
+            return sequence
+        newest = max(newest, sequence)
+    return newest + 1
 
 
 def trusted_key(release: Release, keys: Keys) -> str:
     """Return the public key that signed a verified release, in OpenSSH's one-line form ("ssh-ed25519 AAAA...")."""
-    return keys[release.signature.key_id].public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+    key = keys[release.signature.key_id]
+    assert not isinstance(key, Revoked)
+    return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
 
 
 def _parse(document: dict[str, Any], where: str) -> Release:

@@ -94,7 +94,7 @@ def test_every_option_of_a_stage_tells_what_it_is(run):
 
 
 @pytest.mark.parametrize(
-    "arguments", [(), ("deploy",), ("release", "--profil3", "x"), ("publish",), ("show",), ("data", "more")]
+    "arguments", [(), ("deploy",), ("release", "--profil3", "x"), ("publish",), ("inspect",), ("data", "more")]
 )
 def test_wrong_usage_ends_with_2(run, arguments):
     result = run(*arguments)
@@ -147,12 +147,12 @@ def test_an_unknown_release_is_not_published(run, project, request, made):
 @pytest.mark.parametrize("made", [False, True], ids=["nothing made", "another made"])
 def test_an_unknown_release_is_not_shown(run, project, request, made):
     folder = request.getfixturevalue("local").parent if made else project
-    error(run("show", folder / "none.json"))
+    error(run("inspect", folder / "none.json"))
 
 
 def test_a_changed_release_is_not_shown(run, local):
     local.write_text(local.read_text().replace('"examples": 200', '"examples": 2000'))
-    assert "changed after it was signed" in error(run("show", local))
+    assert "changed after it was signed" in error(run("inspect", local))
 
 
 def test_a_file_as_build_folder_is_refused(run, project, tmp_path):
@@ -184,7 +184,7 @@ def test_a_lock_that_a_dead_run_left_does_not_matter(run, project, tmp_path):
 
 
 def test_show_prints_the_table(run, local):
-    result = run("show", local)
+    result = run("inspect", local)
     assert (result.returncode, result.stderr) == (0, "")
     assert f"Release {local.stem}, profile small" in result.stdout
     figures = ("0.250", "0.200", "0.300", "[0.290, 0.310]", "+0.050", "[+0.040, +0.060]", "1.0 MB", "99.0%", "2.5 ms")
@@ -195,7 +195,7 @@ def test_show_prints_the_table(run, local):
 
 
 def test_show_prints_json(run, local):
-    result = run("show", "--json", local)
+    result = run("inspect", "--json", local)
     assert (result.returncode, result.stderr) == (0, "")
     assert json.loads(result.stdout) == json.loads(local.read_text())
 
@@ -206,7 +206,7 @@ def test_publish_takes_a_local_release_into_the_repository(run, project, local):
     assert json.loads(result.stdout)["version"] == local.stem
     assert f"published releases/{local.name}" in result.stderr
     assert (project / "releases" / local.name).read_bytes() == local.read_bytes()
-    assert run("show", project / "releases" / local.name).returncode == 0
+    assert run("inspect", project / "releases" / local.name).returncode == 0
 
 
 def test_the_fleet_may_lie_elsewhere(run, project, local):
@@ -219,10 +219,10 @@ LOADED = "import json, sys; from shipyard.cli import main; code = main(sys.argv[
 LOADED += "open(sys.argv[1], 'w').write(json.dumps([code, sorted(sys.modules)]))"
 
 
-@pytest.mark.parametrize("verb", ["show", "publish", "locked"])
+@pytest.mark.parametrize("verb", ["inspect", "publish", "locked"])
 def test_a_command_that_does_not_train_does_not_load_what_trains(run, project, local, tmp_path, verb):
     arguments = {
-        "show": ("show", local),
+        "inspect": ("inspect", local),
         "publish": ("publish", local.stem),
         "locked": ("release", "--build", tmp_path / "build"),
     }[verb]

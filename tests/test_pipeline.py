@@ -18,8 +18,8 @@ import pytest
 from conftest import ROOT, Made, make, shipyard
 
 from serve.errors import ShipyardError
+from serve.files import sha256_file
 from serve.runtime import open_bundle
-from serve.trust import sha256_file
 from shipyard import bundle as bundling
 from shipyard.stage import closure
 from shipyard.upload import FolderStore, upload_release

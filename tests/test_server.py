@@ -24,10 +24,11 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from models.release import attest
 from serve.errors import ShipyardError
+from serve.files import sha256_file
 from serve.history import FEATURES, LIMIT, MOST_OFFERS, OFFER
 from serve.runtime import KINDS, LONGEST_QUERY, MOST_HISTORY, SCHEMA, BadRequest, Model, open_bundle
 from serve.server import LARGEST_BODY, MOST_REQUESTS
-from serve.trust import MANIFEST, key_id, sha256_file
+from serve.trust import MANIFEST, key_id
 
 ITEMS = 12
 PRODUCTS = [1000 + 7 * row for row in range(1, ITEMS + 1)]

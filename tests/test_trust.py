@@ -22,17 +22,8 @@ from cryptography.hazmat.primitives.serialization import (
 from models.release import File as ReleaseFile
 from models.release import artifact_key, attest, dump, files_digest, read_release, sign, trusted_key
 from serve.errors import ShipyardError
-from serve.trust import (
-    MANIFEST,
-    check_bundle,
-    key_id,
-    load_keys,
-    parse_key,
-    read_json,
-    sha256_file,
-    verify,
-    verify_attestation,
-)
+from serve.files import read_json, sha256_file
+from serve.trust import MANIFEST, check_bundle, key_id, load_keys, parse_key, verify, verify_attestation
 from shipyard.keys import signing_key, write_public
 
 HEX = "0123456789abcdef" * 4

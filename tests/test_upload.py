@@ -15,7 +15,8 @@ from moto.server import ThreadedMotoServer
 from models.release import File, artifact_key, attest, dump, files_digest, read_release, sign
 from serve import fetch as fetching
 from serve.errors import ShipyardError
-from serve.trust import MANIFEST, key_id, load_keys, sha256_file
+from serve.files import sha256_file
+from serve.trust import MANIFEST, key_id, load_keys
 from shipyard.publish import publish
 from shipyard.s3 import S3Store
 from shipyard.upload import FolderStore, open_store, upload
@@ -137,22 +138,27 @@ def test_a_second_upload_sends_nothing(place, artifact, tmp_path):
 
 
 def test_an_interrupted_upload_goes_on(place, artifact, tmp_path):
-    def interrupt(what, done, total):
-        if done == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        upload(place.store, artifact, tmp_path / "bundle", interrupt)
-    assert list(place.contents()) == [artifact["key"] + "model.onnx"]
+    (tmp_path / "bundle" / "serve" / "server.py").rename(tmp_path / "server.py")
+    with pytest.raises(ShipyardError, match="not the file of the release"):
+        upload(place.store, artifact, tmp_path / "bundle", quiet)
+    there = place.contents()
+    assert artifact["key"] + "serve/server.py" not in there
+    (tmp_path / "server.py").rename(tmp_path / "bundle" / "serve" / "server.py")
     sent = upload(place.store, artifact, tmp_path / "bundle", quiet)
-    assert sent == len(CONTENTS["catalogue.json"]) + len(CONTENTS["serve/server.py"])
+    assert sent == sum(map(len, CONTENTS.values())) - sum(map(len, there.values()))
     assert len(place.contents()) == len(CONTENTS)
 
 
 def test_progress_tells_the_artifact_and_ends_with_all(artifact, tmp_path):
     told = []
-    upload(FolderStore(tmp_path / "store"), artifact, tmp_path / "bundle", lambda *what: told.append(what))
-    assert told == [("upload recommend", done, len(CONTENTS)) for done in range(len(CONTENTS) + 1)]
+    size = sum(map(len, CONTENTS.values()))
+    for _ in range(2):  # the second time nothing is sent, and all is done
+        told.clear()
+        upload(FolderStore(tmp_path / "store"), artifact, tmp_path / "bundle", lambda *what: told.append(what))
+        assert {(what, total) for what, _, total in told} == {("upload recommend, bytes", size)}
+        done = [count for _, count, _ in told]
+        assert done == sorted(done)
+        assert (done[0], done[-1]) == (0, size)
 
 
 def test_another_content_under_the_key_is_refused_and_kept(place, artifact, tmp_path):
@@ -175,16 +181,18 @@ def test_a_changed_local_file_is_refused_before_it_is_sent(place, artifact, tmp_
     assert artifact["key"] + "catalogue.json" not in place.contents()
 
 
-def test_an_object_without_a_checksum_is_not_taken_for_the_artifacts(s3, artifact, tmp_path):
-    s3.put_object(Bucket=BUCKET, Key=artifact["key"] + "model.onnx", Body=CONTENTS["model.onnx"])
-    with pytest.raises(ShipyardError, match="another content"):
-        upload(S3Store(BUCKET, s3), artifact, tmp_path / "bundle", quiet)
+@pytest.mark.parametrize("same", [True, False])
+def test_an_object_without_a_checksum_is_read_and_compared(s3, artifact, tmp_path, same):
+    content = CONTENTS["model.onnx"] if same else CONTENTS["model.onnx"][:-1] + b"!"
+    s3.put_object(Bucket=BUCKET, Key="key", Body=content, ChecksumAlgorithm="CRC32")
+    file = tmp_path / "bundle" / "model.onnx"
+    assert S3Store(BUCKET, s3).holds("key", file, artifact["files"][0]["sha256"]) is same
 
 
 def test_an_object_that_came_first_is_not_overwritten(s3, artifact, tmp_path):
     store = S3Store(BUCKET, s3)
     s3.put_object(Bucket=BUCKET, Key="key", Body=b"first")
-    store.put("key", tmp_path / "bundle" / "model.onnx", artifact["files"][0]["sha256"])
+    store.put("key", tmp_path / "bundle" / "model.onnx", artifact["files"][0]["sha256"], lambda count: None)
     assert Bucket(s3).contents()["key"] == b"first"
 
 
@@ -195,7 +203,7 @@ from shipyard.upload import FolderStore
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
-    FolderStore(Path(sys.argv[1])).put("artifacts/a/model.onnx", Path(sys.argv[2]), "")
+    FolderStore(Path(sys.argv[1])).put("artifacts/a/model.onnx", Path(sys.argv[2]), "", int)
 except OSError:
     sys.exit(7)
 """

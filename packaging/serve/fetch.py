@@ -14,7 +14,8 @@ from boto3.exceptions import Boto3Error
 from botocore.exceptions import BotoCoreError, ClientError
 
 from serve.errors import ShipyardError
-from serve.trust import MANIFEST, Keys, check_bundle, key_id, parse_key, read_json, sha256_file, verify_attestation
+from serve.files import read_json, sha256_file
+from serve.trust import MANIFEST, Keys, check_bundle, key_id, parse_key, verify_attestation
 
 
 def fetch(uri: str, name: str, attestation: str, keys: Keys, into: Path) -> None:

@@ -15,8 +15,9 @@ import onnxruntime as ort
 
 from serve.blend import blend, scaled
 from serve.errors import ShipyardError
+from serve.files import sha256_file
 from serve.history import KINDS, MOST_OFFERS, OFFER, Past, histories, pad
-from serve.trust import MANIFEST, Keys, check_bundle, sha256_file, verify_attestation
+from serve.trust import MANIFEST, Keys, check_bundle, verify_attestation
 
 SCHEMA = "shipyard.bundle/2"
 MOST_HISTORY = 10_000
@@ -257,17 +258,18 @@ def _check_number(value: Any, where: str, most: float, allowed: str) -> None:
         raise BadRequest(f"{where}: wrong", value=repr(value)[:80], allowed=allowed)
 
 
-def open_bundle(folder: Path, name: str, attestation: str, keys: Keys, threads: int = 0) -> Model:
+def open_bundle(folder: Path, name: str, attestation: str, keys: Keys, threads: int = 0, oldest: int = 0) -> Model:
     """Verify the bundle of artifact `name`, open it and let it answer its golden requests.
 
     Raises:
-        ShipyardError: no trusted key attests the bundle, a file of it differs, or an answer does.
+        ShipyardError: no trusted key attests the bundle, it is of a release before `oldest`, a file of it differs, or an
+            answer does.
     """
     manifest = folder / MANIFEST
     if not manifest.is_file():
         raise ShipyardError(f"{folder}: no {MANIFEST}", mend="fetch the bundle again")
     digest = sha256_file(manifest)
-    verify_attestation(name, digest, attestation, keys, str(folder))
+    verify_attestation(name, digest, attestation, keys, str(folder), oldest)
     model = Model(folder, check_bundle(folder, digest), threads)
     model.self_test()
     return model

@@ -22,9 +22,10 @@ from models.cross import MAX_TOKENS as PAIR_TOKENS
 from models.release import File, artifact_key, files_digest
 from serve import greengrass, triton
 from serve.errors import ShipyardError
+from serve.files import sha256_file
 from serve.history import FEATURES, LIMIT, OFFER
 from serve.runtime import SCHEMA, Model
-from serve.trust import MANIFEST, check_bundle, sha256_file
+from serve.trust import MANIFEST, check_bundle
 from shipyard.examples import Examples
 from shipyard.export import IR_VERSION, OPSET
 
@@ -263,7 +264,7 @@ def _files(tree: Path) -> tuple[File, ...]:
 
 def _copy_code(into: Path, entries: tuple[str, ...]) -> None:
     """Copy the runtime's code: what every target runs, and the entry points of this one."""
-    for name in ("__init__.py", "errors.py", "blend.py", "history.py", "runtime.py", "trust.py", *entries):
+    for name in ("__init__.py", "errors.py", "files.py", "blend.py", "history.py", "runtime.py", "trust.py", *entries):
         _copy(CODE / name, into / name)
 
 

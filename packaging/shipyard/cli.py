@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
@@ -14,13 +15,16 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 from models.config import Fleet, load_fleet
 from models.release import Release, read_release
 from serve.errors import ShipyardError
-from serve.trust import load_keys
+from serve.trust import MANIFEST, load_keys
 from shipyard.console import Reporter, print_release, print_stage, release_markdown
-from shipyard.keys import signing_key
+from shipyard.diff import diff, lines, same
+from shipyard.gc import referring, unused
+from shipyard.keys import open_key
 from shipyard.publish import publish
 from shipyard.release import VERBS, Line, release
 from shipyard.stage import Record, Stage
 from shipyard.upload import open_store, upload_release
+from shipyard.verify import verify_bundle, verify_store
 
 ABOUT = """\
 Shipyard packages one fine-tuned e-commerce model for a hybrid cloud.
@@ -40,6 +44,8 @@ examples:
   shipyard upload 0.1.0-g0123456789ab --to s3://my-bucket
                                         send a published release's artifacts to an environment's bucket
   shipyard synth --env dev              synthesize one environment
+  shipyard diff releases/A.json releases/B.json
+                                        what a promotion from A to B changes
 
 exit codes: 0 done; 1 an error, told in one line; 2 wrong usage; 130 interrupted
 """
@@ -58,7 +64,10 @@ HELP = {
     "publish": "verify a local release and copy it into releases/",
     "upload": "send the artifacts of a published release from build/store to a bucket",
     "synth": "synthesize the stacks with the pinned CDK CLI",
-    "show": "verify a release file and print its table",
+    "inspect": "print what a release or a bundle holds",
+    "verify": "check a release, a bundle of it, or all that a store holds of it, digest by digest",
+    "diff": "print what differs between two releases",
+    "gc": "list, or delete, what lies in a store and no release refers to",
 }
 
 
@@ -87,8 +96,8 @@ def parser() -> argparse.ArgumentParser:
         add(verb, sizes, more=" Runs the stages before it as far as they are not done.")
     making = add("release", sizes)
     making.add_argument("--to", default=None, metavar="STORE", help="a folder or s3://bucket (default: build/store)")
-    making.add_argument("--key", type=Path, default=None, help="private key in PEM (default: $XDG_CONFIG_HOME/"
-                        "shipyard/signing.pem, or ~/.config, made on first use)")  # fmt: skip
+    making.add_argument("--key", default=None, help="private key in PEM, or kms:KEY for one in AWS KMS (default: "
+                        "$XDG_CONFIG_HOME/shipyard/signing.pem, or ~/.config, made on first use)")  # fmt: skip
     making.add_argument("--no-synth", action="store_true", help="stop after the release file")
     add("report", sizes, more=" Runs the stages before it as far as they are not done.")
     comparing = add("compare", sizes, more=" Each method is a stage in a process of its own.")
@@ -98,15 +107,30 @@ def parser() -> argparse.ArgumentParser:
     sending = add("upload", more=" What is there already is not sent again.")
     sending.add_argument("version", help="version of a release in releases/, e.g. 0.1.0-g0123456789ab")
     sending.add_argument("--to", required=True, metavar="STORE", help="s3://bucket, or a folder")
+    sending.add_argument("--kms-key", help="KMS key that S3 encrypts with (default: the bucket's own)")
+    sending.add_argument("--owner", help="account that must own the bucket")
+    sending.add_argument("--allow-older", action="store_true", help="also one before project.minimum_sequence")
     synthesizing = add("synth", more=" Needs no credentials and no network.")
     synthesizing.add_argument("--env", default="", help="environments, with commas between (default: all)")
     synthesizing.add_argument("--release", type=Path, help="a release file to take for all of them (default: what "
                               "fleet.toml names in releases/)")  # fmt: skip
     synthesizing.add_argument("--out", type=Path, default=None, help="where to (default: cdk.out beside fleet.toml)")
     synthesizing.add_argument("--validate", action="store_true", help="also run the CDK's own validator (slower)")
-    showing = add("show", more=" Trusts the keys in the folder keys/ beside the file.")
-    showing.add_argument("release", type=Path, help="path of a release file")
-    showing.add_argument("--markdown", action="store_true", help="print the table in Markdown")
+    inspecting = add("inspect", more=" A release is verified by the keys in the folder keys/ beside it.")
+    inspecting.add_argument("path", type=Path, help="a release file, or a bundle's folder or zip")
+    inspecting.add_argument("--markdown", action="store_true", help="print a release's table in Markdown")
+    verifying = add("verify", more=" Trusts the keys in the folder keys/ beside the release file.")
+    verifying.add_argument("release", type=Path, help="a release file")
+    verifying.add_argument("bundle", type=Path, nargs="?", help="a bundle's folder or zip")
+    verifying.add_argument("--store", help="a folder or s3://bucket: read and check all that it holds of the release")
+    differing = add("diff", more=" Ends with 0, or with --exit-code with 1 where they differ.")
+    differing.add_argument("old", type=Path, help="a release file")
+    differing.add_argument("new", type=Path, help="another")
+    differing.add_argument("--exit-code", action="store_true", help="end with 1 where they differ")
+    collecting = add("gc", more=" Keeps what a release in releases/ or build/releases/ refers to, and what is young.")
+    collecting.add_argument("--store", required=True, help="a folder or s3://bucket")
+    collecting.add_argument("--older-than", type=float, default=7.0, metavar="DAYS", help="days (default: 7)")
+    collecting.add_argument("--delete", action="store_true", help="delete it; without this it is listed alone")
     return top
 
 
@@ -129,12 +153,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(chosen: argparse.Namespace, reporter: Reporter) -> int:
-    if chosen.verb == "show":
-        found = _read(chosen.release)
-        if chosen.markdown:
-            print(release_markdown(found))
-            return 0
-        return _print(found, chosen.json)
+    if chosen.verb in ("inspect", "verify", "diff"):
+        return _look(chosen, reporter)
     fleet = load_fleet(chosen.fleet)
     root = chosen.fleet.resolve().parent
     build = (chosen.build or root / "build").resolve()
@@ -143,10 +163,14 @@ def _run(chosen: argparse.Namespace, reporter: Reporter) -> int:
         reporter.line(f"published releases/{found.version}.json; commit it and its key, and name it in fleet.toml")
         return _print(found, chosen.json)
     if chosen.verb == "upload":
-        found = _read(root / "releases" / f"{chosen.version}.json")
-        sent = upload_release(found, build / "store", open_store(chosen.to), reporter.progress)
+        oldest = 0 if chosen.allow_older else fleet.project.minimum_sequence
+        found = _read(root / "releases" / f"{chosen.version}.json", oldest)
+        store = open_store(chosen.to, kms_key=chosen.kms_key, owner=chosen.owner)
+        sent = upload_release(found, build / "store", store, reporter.progress)
         print(json.dumps({"version": found.version, "bytes_sent": sent}))
         return 0
+    if chosen.verb == "gc":
+        return _collect(chosen, fleet, (root / "releases", build / "releases"), reporter)
     if chosen.verb == "synth":
         _synth(
             chosen.fleet, chosen.out or root / "cdk.out", reporter, env=chosen.env, release=chosen.release,
@@ -192,11 +216,11 @@ def _make(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, rep
             print(json.dumps(said, ensure_ascii=False, indent=None if chosen.json else 2))
         return 0
     home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    key_file = chosen.key or home / "shipyard" / "signing.pem"
+    key_file = home / "shipyard" / "signing.pem"
     if not key_file.exists() and chosen.key is None:
         reporter.line(f"makes    a signing key, {key_file}")
     # read before hours of training, not after
-    key = signing_key(key_file, make=chosen.key is None)
+    key = open_key(chosen.key, key_file)
     path, found = release(line, key, chosen.to or str(build / "store"))
     if not chosen.no_synth:
         _synth(chosen.fleet, build / chosen.profile / "cdk.out", reporter, release=path)
@@ -205,12 +229,56 @@ def _make(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, rep
     return _print(found, chosen.json)
 
 
-def _read(path: Path) -> Release:
+def _look(chosen: argparse.Namespace, reporter: Reporter) -> int:
+    """Look into releases and bundles, which changes nothing."""
+    if chosen.verb == "diff":
+        found = diff(_read(chosen.old), _read(chosen.new))
+        print(json.dumps(found, ensure_ascii=False) if chosen.json else "\n".join(lines(found)))
+        return int(chosen.exit_code and not same(found))
+    if chosen.verb == "inspect":
+        if chosen.path.suffix == ".json" and chosen.path.name != MANIFEST:
+            release = _read(chosen.path)
+            if chosen.markdown:
+                print(release_markdown(release))
+                return 0
+            return _print(release, chosen.json)
+        folder = chosen.path.parent if chosen.path.name == MANIFEST else chosen.path
+        told = importlib.import_module("shipyard.inspect").inspect(folder)
+        print(json.dumps(told, ensure_ascii=False, indent=None if chosen.json else 2))
+        return 0
+    release = _read(chosen.release)
+    done: dict[str, object] = {"version": release.version, "key_id": release.signature.key_id}
+    if chosen.bundle is not None:
+        done["bundle"] = verify_bundle(chosen.bundle, release, load_keys(chosen.release.parent / "keys"))["name"]
+    if chosen.store is not None:
+        done["bytes_read"] = verify_store(release, open_store(chosen.store), reporter.progress)
+    print(json.dumps(done) if chosen.json else "verified " + ", ".join(f"{k} {v}" for k, v in done.items()))
+    return 0
+
+
+def _collect(chosen: argparse.Namespace, fleet: Fleet, folders: Sequence[Path], reporter: Reporter) -> int:
+    """List or delete what nothing refers to."""
+    store = open_store(chosen.store)
+    found = unused(store, referring(fleet, folders), chosen.older_than)
+    if chosen.delete:
+        store.remove([item.key for item in found])
+    size = sum(item.bytes for item in found)
+    if chosen.json:
+        keys = [item.key for item in found]
+        print(json.dumps({"keys": keys, "bytes": size, "deleted": chosen.delete}))
+        return 0
+    for item in found:
+        print(f"{item.key}  {item.bytes} bytes, {item.days:.0f} days")
+    reporter.line(f"{'deleted' if chosen.delete else 'unused'}  {len(found)} objects, {size} bytes")
+    return 0
+
+
+def _read(path: Path, oldest: int = 0) -> Release:
     """Read and verify a release file with the keys beside it."""
     if not path.is_file():
         there = ", ".join(sorted(found.stem for found in path.parent.glob("*.json"))) or "none"
         raise ShipyardError(f"{path}: no such release file", allowed=there, mend="name one that is there")
-    return read_release(path, load_keys(path.parent / "keys"))
+    return read_release(path, load_keys(path.parent / "keys"), oldest)
 
 
 def _synth(

@@ -28,8 +28,8 @@ import pyarrow.parquet as pq
 from models.behaviour import PERIODS
 from models.config import Data
 from serve.errors import ShipyardError
+from serve.files import sha256_file
 from serve.history import KINDS
-from serve.trust import sha256_file
 from shipyard.schema import INTEGER, quoted
 from shipyard.sources import Rule, count, open_source, rule, source_files, source_sha256
 

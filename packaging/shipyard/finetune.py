@@ -19,7 +19,7 @@ from models import submodel, trunk
 from models.behaviour import TRAIN, VALIDATION, Behaviour, load_behaviour
 from models.config import Finetune, Profile
 from serve.errors import ShipyardError
-from serve.trust import sha256_file
+from serve.files import sha256_file
 from shipyard.balance import balance
 from shipyard.examples import Examples
 from shipyard.joint import Batches, Vectors, build_joint, load_vectors, train_joint

@@ -1,4 +1,4 @@
-"""The key that signs releases: made on first use, kept outside the repository, readable by its owner alone."""
+"""The key that signs releases: a file outside the repository, made on first use, or a key that never leaves AWS KMS."""
 
 import os
 from pathlib import Path
@@ -13,8 +13,26 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from models.release import Signer
 from serve.errors import ShipyardError
 from serve.trust import key_id
+
+KMS = "kms:"
+
+
+def open_key(given: str | None, default: Path) -> Signer:
+    """Return the key that signs: `given` is a file or kms:KEY; without it the file `default`, made on first use.
+
+    Raises:
+        ShipyardError: there is no such key, or it is not fit to sign.
+    """
+    if given is not None and given.startswith(KMS):
+        try:
+            from shipyard import kms  # not at the top: only a key in KMS needs boto3
+        except ModuleNotFoundError:
+            raise ShipyardError("--key: boto3 is not installed", mend="pip install 'shipyard[aws]'") from None
+        return kms.open_key(given.removeprefix(KMS))
+    return signing_key(Path(given) if given is not None else default, make=given is None)
 
 
 def signing_key(file: Path, *, make: bool = True) -> Ed25519PrivateKey:
@@ -51,7 +69,7 @@ def signing_key(file: Path, *, make: bool = True) -> Ed25519PrivateKey:
     return found
 
 
-def write_public(key: Ed25519PrivateKey, folder: Path) -> Path:
+def write_public(key: Signer, folder: Path) -> Path:
     """Write the public half as <key id>.pub in OpenSSH's one-line form; return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     public = key.public_key()

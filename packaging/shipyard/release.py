@@ -9,14 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
 from models import submodel
 from models.config import Fleet, Profile
-from models.release import Release, attest, dump, read_release, sign
+from models.release import Release, Signer, attest, dump, next_sequence, read_release, sign
 from models.submodel import MAX_TOKENS
 from serve.errors import ShipyardError
-from serve.trust import load_keys, sha256_file
+from serve.files import sha256_file
+from serve.trust import load_keys
 from shipyard.keys import write_public
 from shipyard.stage import Record, Stage, closure, digest, write
 from shipyard.upload import open_store, upload
@@ -306,7 +305,7 @@ class Line:
         return {unit: getattr(self, verb)(unit) for unit in units}
 
 
-def release(line: Line, key: Ed25519PrivateKey, store_uri: str) -> tuple[Path, Release]:
+def release(line: Line, key: Signer, store_uri: str) -> tuple[Path, Release]:
     """Make a release: bundle, sign, upload, verify, and write the release file into build/releases/.
 
     Returns:
@@ -314,9 +313,10 @@ def release(line: Line, key: Ed25519PrivateKey, store_uri: str) -> tuple[Path, R
     """
     artifacts = {unit: dict(record.said) for unit, record in line.until("bundle").items()}
     folders = {unit: line.bundle(unit).folder / artifact.pop("folder") for unit, artifact in artifacts.items()}
+    sequence = next_sequence(line.root / "releases", {artifact["digest"] for artifact in artifacts.values()})
     for artifact in artifacts.values():
-        artifact["attestation"] = attest(artifact["name"], artifact["manifest"], key)
-    found = sign(_body(line, artifacts), line.fleet.project.version, key)
+        artifact["attestation"] = attest(artifact["name"], artifact["manifest"], key, sequence)
+    found = sign({"sequence": sequence, **_body(line, artifacts)}, line.fleet.project.version, key)
     store = open_store(store_uri)
     for unit, artifact in artifacts.items():
         upload(store, artifact, folders[unit], line.report)

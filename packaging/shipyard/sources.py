@@ -11,7 +11,7 @@ import duckdb
 
 from models.config import Data
 from serve.errors import ShipyardError
-from serve.trust import sha256_file
+from serve.files import sha256_file
 from shipyard.schema import TABLES, Relation, load, open_file, quoted, reading
 
 # what a till's labels abbreviate; a shopper types the long form

@@ -25,10 +25,13 @@ from typing import Any
 import rfc8785
 
 from serve.errors import ShipyardError
-from serve.trust import read_json, sha256_file
+from serve.files import read_json, sha256_file
 
 OURS = ("models", "shipyard", "serve")
 RECORD = "stage.json"
+
+SETTINGS = "models.config"
+"""The module that reads fleet.toml: what a stage depends on of it is in the stage's configuration."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Stage:
             {
                 "inputs": [record.digest for record in self.inputs],
                 "config": dict(self.config),
-                "code": {name: sha256_file(path) for name, path in sources.items()},
+                "code": {name: sha256_file(path) for name, path in sources.items() if name != SETTINGS},
                 "libraries": libraries,
                 "python": ".".join(map(str, sys.version_info[:2])),
             }

@@ -1,0 +1,43 @@
+"""Garbage collection: what lies in a store and no release refers to.
+
+It fails closed: a release file that cannot be verified, or an environment whose release is not there, ends it, for what
+that refers to is not known. Young objects are kept: an upload comes before the release file that names it.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from models.config import Fleet
+from models.release import Release, read_release
+from serve.errors import ShipyardError
+from serve.trust import load_keys
+from shipyard.upload import Store, Stored
+
+PREFIX = "artifacts/"
+"""Nothing outside of it is ever touched."""
+
+
+def referring(fleet: Fleet, folders: Sequence[Path]) -> list[Release]:
+    """Return every release of `folders`, verified by the keys beside it.
+
+    Raises:
+        ShipyardError: one cannot be verified, an environment names another, or there is none at all.
+    """
+    paths = [path for folder in folders for path in sorted(folder.glob("*.json"))]
+    found = [read_release(path, load_keys(path.parent / "keys")) for path in paths]
+    versions = {release.version for release in found}
+    for name, env in fleet.env.items():
+        if env.release not in versions:
+            raise ShipyardError(
+                f"env.{name}: its release is not here, so what it refers to is not known", value=env.release,
+                allowed=", ".join(sorted(versions)) or "none", mend="get the releases of the repository first",
+            )  # fmt: skip
+    if not found:
+        raise ShipyardError("gc: there is no release: everything would go", mend="publish a release first")
+    return found
+
+
+def unused(store: Store, releases: Iterable[Release], days: float) -> list[Stored]:
+    """Return what no release refers to and was written more than `days` ago."""
+    keys = tuple({artifact.key for release in releases for artifact in release.artifacts})
+    return [found for found in store.objects(PREFIX) if not found.key.startswith(keys) and found.days > days]
