@@ -122,6 +122,9 @@ class Profile(Settings):
     gate: dict[Name, Gate] = {}
 
 
+Precision = Literal["fp32", "fp16", "int8"]
+
+
 class Target(Settings):
     """Say how artifacts for one place of inference are made.
 
@@ -129,7 +132,7 @@ class Target(Settings):
     cost; `max_size_mb` bounds the bundle, in units of 10^6 bytes.
     """
 
-    precision: Literal["fp32", "fp16", "int8"]
+    precision: Precision
     max_loss: Annotated[float, Field(gt=0, le=0.2)] = 0.01
     max_size_mb: Annotated[float, Field(gt=0)]
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Protocol, Self
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pydantic import Field, ValidationError, model_validator
 
-from models.config import Name, Settings, TargetName, explain
+from models.config import Name, Precision, Settings, TargetName, explain
 
 # infra and app.py import nothing of serve themselves, so what they need of it they find here
 from serve.errors import ShipyardError as ShipyardError
@@ -76,19 +76,26 @@ class Fusion(Settings):
 
 
 class Format(Settings):
-    """Hold one exported form of a sub-model.
+    """Hold one exported form of a sub-model, by name where its precision has several.
 
     `parity` is the largest difference of a logit from the form before it, relative to the largest logit, `order` the
     part of top-10 places that are equal, `loss` the part of the metric that the form costs, `latency_ms` the median of a
     single request on the machine that made the release.
     """
 
-    precision: Literal["fp32", "fp16", "int8"]
+    form: str = ""
+    precision: Precision
     bytes: Bytes
     parity: float
     order: float
     loss: float
     latency_ms: float
+
+
+class Loser(Format):
+    """Hold a form that was tried and not taken: for what it was `refused`, or None where a smaller one held too."""
+
+    refused: str | None
 
 
 class Rerank(Settings):
@@ -121,6 +128,7 @@ class Submodel(Settings):
     score: Score
     rerank: Rerank | None = None
     formats: tuple[Format, ...]
+    losers: tuple[Loser, ...] = ()
 
 
 class File(Settings):

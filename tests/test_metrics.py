@@ -15,9 +15,9 @@ from onnx import TensorProto, helper, numpy_helper
 from models.config import Gate, Profile
 from serve.errors import ShipyardError
 from shipyard.bundle import write_zip
+from shipyard.forms import LARGE, rows_to_int8, to_int8
 from shipyard.gates import hold
 from shipyard.metrics import PLACES, top
-from shipyard.quantise import LARGE, rows_to_int8, to_int8
 
 # --- the first ten ---------------------------------------------------------------------------------------------------
 

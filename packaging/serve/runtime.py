@@ -14,6 +14,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from serve.blend import blend, scaled
+from serve.engine import check_engine
 from serve.errors import ShipyardError
 from serve.files import sha256_file
 from serve.history import KINDS, MOST_OFFERS, OFFER, Past, histories, pad
@@ -40,6 +41,7 @@ class Model:
     def __init__(self, folder: Path, manifest: Mapping[str, Any], threads: int = 0) -> None:
         if manifest.get("schema") != SCHEMA:
             raise ShipyardError(f"{folder}: schema is not known", value=str(manifest.get("schema")), allowed=SCHEMA)
+        check_engine(manifest["engine"], str(folder))
         self.manifest = manifest
         self.task: str = manifest["task"]
         catalogue = json.loads((folder / manifest["catalogue"]).read_bytes())

@@ -21,6 +21,7 @@ from models.config import Target, TargetName
 from models.cross import MAX_TOKENS as PAIR_TOKENS
 from models.release import File, artifact_key, files_digest
 from serve import greengrass, triton
+from serve.engine import ENGINE
 from serve.errors import ShipyardError
 from serve.files import sha256_file
 from serve.history import FEATURES, LIMIT, OFFER
@@ -29,7 +30,6 @@ from serve.trust import MANIFEST, check_bundle
 from shipyard.examples import Examples
 from shipyard.export import IR_VERSION, OPSET
 
-ENGINE = {"name": "onnxruntime", "minimum": "1.23"}
 CODE = Path(serve.__file__).parent
 
 # what a process of the private cluster imports, with the versions that the release was tested with
@@ -264,7 +264,17 @@ def _files(tree: Path) -> tuple[File, ...]:
 
 def _copy_code(into: Path, entries: tuple[str, ...]) -> None:
     """Copy the runtime's code: what every target runs, and the entry points of this one."""
-    for name in ("__init__.py", "errors.py", "files.py", "blend.py", "history.py", "runtime.py", "trust.py", *entries):
+    for name in (
+        "__init__.py",
+        "engine.py",
+        "errors.py",
+        "files.py",
+        "blend.py",
+        "history.py",
+        "runtime.py",
+        "trust.py",
+        *entries,
+    ):
         _copy(CODE / name, into / name)
 
 

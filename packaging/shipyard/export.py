@@ -31,6 +31,8 @@ IR_VERSION = 10
 TOLERANCE = 1e-4
 """Largest difference of a logit between torch and fp32 ONNX, relative to the largest logit."""
 
+FLOATING = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
+
 Arrays = dict[str, npt.NDArray[Any]]
 
 
@@ -74,7 +76,7 @@ def export(data: Path, alone: Path, base: Path, config: Finetune, name: str, out
     model = load_alone(alone, base, config, name)
     file = out / "model.onnx"
     to_onnx(Ranker(model), file)
-    check_versions(file)
+    check_graph(file)
     tokenizer = trunk.load_tokenizer(base)
     examples = Examples(load_behaviour(data), VALIDATION, 64, (name,)).of(name)
     session = open_session(file)
@@ -142,15 +144,34 @@ def save_graph(program: torch.onnx.ONNXProgram | None, file: Path) -> None:
     onnx.save(model, file)
 
 
-def check_versions(file: Path) -> None:
-    """Refuse a graph that the oldest engine of a target cannot read."""
+def check_graph(file: Path) -> None:
+    """Refuse a graph that the oldest engine of a target cannot read, that is not whole, or has a weight that is no number.
+
+    Raises:
+        ShipyardError: IR or opset is too new, weights lie outside of the graph's folder or are missing, or are not finite.
+    """
     model = onnx.load(file, load_external_data=False)
-    opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
     if model.ir_version > IR_VERSION or opset > OPSET:
         raise ShipyardError(
             f"{file}: too new for the engines", value=f"IR {model.ir_version}, opset {opset}",
             allowed=f"IR {IR_VERSION}, opset {OPSET} at most",
         )  # fmt: skip
+    folder = file.parent.resolve()
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            told = {entry.key: entry.value for entry in tensor.external_data}
+            place = (folder / told.get("location", "")).resolve()
+            if not place.is_relative_to(folder) or not place.is_file():
+                raise ShipyardError(
+                    f"{file}: weights of {tensor.name} lie outside of its folder, or nowhere",
+                    value=told.get("location", ""), allowed="a file beside the graph",
+                )  # fmt: skip
+            onnx.external_data_helper.load_external_data_for_tensor(tensor, str(folder))
+        if tensor.data_type in FLOATING and not np.isfinite(onnx.numpy_helper.to_array(tensor)).all():
+            raise ShipyardError(
+                f"{file}: a weight is no finite number", value=tensor.name, mend="train again, with a smaller rate"
+            )
 
 
 def cases(names: tuple[str, ...], examples: Cut, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, Arrays]]:

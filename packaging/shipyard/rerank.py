@@ -27,8 +27,8 @@ from serve.blend import blend
 from serve.errors import ShipyardError
 from shipyard import intervals
 from shipyard.examples import Answered, Cut, Examples, answer, load_joint
-from shipyard.export import OPSET, TOLERANCE, check_versions, open_session, save_graph
-from shipyard.quantise import to_fp16
+from shipyard.export import OPSET, TOLERANCE, check_graph, open_session, save_graph
+from shipyard.forms import to_fp16
 from shipyard.stage import write
 from shipyard.train import Progress, Training, save
 
@@ -144,7 +144,9 @@ def rerank(
     weight = max(values, key=lambda one: (values[one], -one))
     loss = 0.0
     if target.precision == "fp16":
-        onnx.save(to_fp16(onnx.load(file)), file)
+        half = onnx.load(file)
+        to_fp16(half.graph)
+        onnx.save(half, file)
         small = held.ndcg(read(open_session(file), tokenizer, held, progress, "validation in fp16"), weight)
         loss = (values[weight] - small) / max(values[weight], 1e-9)
         if not loss <= target.max_loss:
@@ -213,7 +215,7 @@ def to_onnx(model: CrossEncoder, tokenizer: PreTrainedTokenizerBase, lists: List
         output_names=["scores"], dynamic_shapes=(shape, shape),
     )  # fmt: skip
     save_graph(program, file)
-    check_versions(file)
+    check_graph(file)
     session, parity = open_session(file), 0.0
     lines = np.arange(min(8, len(lists.cut.queries)))
     cases = [
