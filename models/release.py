@@ -170,8 +170,20 @@ class Artifact(Settings):
         return self
 
 
+class Machine(Settings):
+    """Say what a release was made on: `instructions` are those of serve.engine.KNOWN, `threads` torch's."""
+
+    architecture: str
+    instructions: tuple[str, ...]
+    threads: Annotated[int, Field(ge=1)]
+
+
 class Source(Settings):
-    """Say what the release was made from: digests of data, base model and our code, and the libraries' versions."""
+    """Say what the release was made from: digests of data, base model and our code, and the libraries' versions.
+
+    The same of all these gives the same bundles to the byte, under any path, language and time zone. Training adds floats
+    in an order that depends on threads and instruction sets, so that its weights are equal on the same `machine` alone.
+    """
 
     data: str
     data_sha256: Sha256
@@ -179,6 +191,7 @@ class Source(Settings):
     base_sha256: Sha256
     code_sha256: Sha256
     libraries: dict[str, str]
+    machine: Machine | None = None
 
 
 class Signature(Settings):

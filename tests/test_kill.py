@@ -1,6 +1,8 @@
-"""kill -9 in each stage: the next run goes on, and ends as if nothing had happened."""
+"""kill -9 in each stage: the next run goes on, and ends as if nothing had happened, elsewhere and in another language."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +14,21 @@ STAGES = ("data joint", "finetune joint", "evaluate joint", "split search", "exp
           "bundle search", "split intent")  # fmt: skip
 
 
+ELSEWHERE = {"LC_ALL": "C", "TZ": "Asia/Shanghai", "PYTHONHASHSEED": "7"}
+HERE = {"LC_ALL": "C.UTF-8", "TZ": "America/New_York", "PYTHONHASHSEED": "1"}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return the digests of a release's artifacts by name."""
+    [path] = (folder / "releases").glob("*.json")
+    return {artifact["name"]: artifact["digest"] for artifact in json.loads(path.read_text())["artifacts"]}
+
+
 def kill_in(stage: str, arguments: list[str], config: Path) -> list[str]:
     """Start the command and kill it when it says that it starts `stage`; return what it said."""
     process = subprocess.Popen(
         [sys.executable, "-m", "shipyard.cli", *arguments], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
-        text=True, start_new_session=True, env=os.environ | {"COLUMNS": "200", "XDG_CONFIG_HOME": str(config)},
+        text=True, start_new_session=True, env=os.environ | ELSEWHERE | {"COLUMNS": "200", "XDG_CONFIG_HOME": str(config)},
     )  # fmt: skip
     told = []
     assert process.stderr is not None
@@ -31,7 +43,7 @@ def kill_in(stage: str, arguments: list[str], config: Path) -> list[str]:
 
 
 def test_kill_in_every_stage(tiny_fleet: Path, tmp_path: Path) -> None:
-    build = tmp_path / "build"
+    build = tmp_path / "构建 folder"
     arguments = [
         "release", "--fleet", str(tiny_fleet), "--profile", "tiny", "--build", str(build), "--no-synth",
         "--json",
@@ -44,11 +56,28 @@ def test_kill_in_every_stage(tiny_fleet: Path, tmp_path: Path) -> None:
         unit, name = stage.split()[1], stage.split()[0]
         assert not (build / "tiny" / unit / name).exists()
         assert not (build / "releases").exists()
-    last = shipyard(*arguments, XDG_CONFIG_HOME=str(tmp_path))
+    last = shipyard(*arguments, XDG_CONFIG_HOME=str(tmp_path), **ELSEWHERE)
     assert last.returncode == 0, last.stderr[-3000:]
     assert list((build / "releases").glob("*.json"))
     leftovers = [p for p in build.rglob(".*") if p.is_dir() or p.suffix == ".part"]
     assert leftovers == []
-    again = shipyard(*arguments, XDG_CONFIG_HOME=str(tmp_path))
+    again = shipyard(*arguments, XDG_CONFIG_HOME=str(tmp_path), **ELSEWHERE)
     assert "start " not in again.stderr
     assert again.stdout == last.stdout
+
+    # under another path, language, time zone and order of hashes, and without a kill: the same bundles to the byte
+    here = tmp_path / "here"
+    arguments[arguments.index("--build") + 1] = str(here)
+    whole = shipyard(*arguments, XDG_CONFIG_HOME=str(tmp_path), **HERE)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    assert digests(here) == digests(build)
+    # with another number of threads training adds in another order: what follows it does not
+    shutil.rmtree(here / "releases")
+    for unit in (here / "tiny").iterdir():
+        if unit.is_dir() and unit.name != "joint":
+            shutil.rmtree(unit)
+    threads = str(1 + int(json.loads(last.stdout)["source"]["machine"]["threads"] == 1))
+    single = shipyard(*arguments, XDG_CONFIG_HOME=str(tmp_path), OMP_NUM_THREADS=threads, **HERE)
+    assert single.returncode == 0, single.stderr[-3000:]
+    assert "skipped  finetune joint" in single.stderr and "start    split search" in single.stderr
+    assert digests(here) == digests(build)

@@ -141,7 +141,7 @@ def rows_to_int8(rows: npt.NDArray[np.float32], block: int) -> tuple[npt.NDArray
 
 
 def _gather_int8(graph: GraphProto, gather: NodeProto, codes: str, scales: str, width: int) -> list[NodeProto]:
-    """Return nodes that gather rows of 8-bit codes and give them back as floats."""
+    """Return nodes that gather rows [B, H] of 8-bit codes and give them back as floats [B, H, width]."""
     name = gather.output[0]
     zero, shape, last = f"{name}_zero", f"{name}_shape", f"{name}_last"
     graph.initializer.extend(
