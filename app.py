@@ -21,23 +21,28 @@ from models.config import Fleet, load_fleet
 from models.release import Release, ShipyardError, load_keys, read_release, trusted_key
 
 ROOT = Path(__file__).resolve().parent
+SLOW_MS = 500  # of an environment that nobody watches
 
 
 class FleetStage(cdk.Stage):
     """Wire the stacks of one environment: what is kept, the network, and one stack a target."""
 
-    def __init__(self, scope: Construct, name: str, *, fleet: Fleet, release: Release, signer: str) -> None:
+    def __init__(
+        self, scope: Construct, name: str, *, fleet: Fleet, release: Release, signer: str, shadow: Release | None = None
+    ) -> None:
         """Make the stacks; `signer` is the public key of the release in OpenSSH's one-line form."""
         env, stage_name = fleet.env[name], f"{fleet.project.name}-{name.replace('_', '-')}"
         super().__init__(
             scope, name, stage_name=stage_name, env=cdk.Environment(account=env.account, region=env.region)
         )
-        bucket = fleet.bucket(name)
-        values = placeholders(env, bucket=bucket, release=release, trusted_key=signer)
-        storage = StorageStack(self, "storage", bucket_name=bucket, log_group_prefix=f"{stage_name}-")
-        network = NetworkStack(self, "network", settings=env, storage=storage)
-        GpuStack(self, "gpu", settings=env.gpu, release=release, values=values, storage=storage, network=network)
-        CpuStack(self, "cpu", settings=env.cpu, release=release, values=values, storage=storage, network=network)
+        bucket, data = fleet.bucket(name), fleet.data_bucket(name)
+        values = placeholders(env, bucket=bucket, data=data, release=release, trusted_key=signer)
+        slow_ms = env.observe.p99_ms if env.observe else SLOW_MS
+        storage = StorageStack(self, "storage", bucket_name=bucket, data_name=data, log_group_prefix=f"{stage_name}-")
+        network = NetworkStack(self, "network", settings=env, release=release, storage=storage)
+        placed = {"release": release, "values": values, "storage": storage, "network": network}
+        GpuStack(self, "gpu", settings=env.gpu, hours=env.hours, slow_ms=slow_ms, shadow=shadow, **placed)
+        CpuStack(self, "cpu", settings=env.cpu, hours=env.hours, slow_ms=slow_ms, **placed)
         EdgeStack(self, "edge", settings=env.edge, release=release, values=values, storage=storage)
         # no release among the tags: each release would touch every resource
         cdk.Tags.of(self).add("project", fleet.project.name)

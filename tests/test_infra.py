@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 import app
-from infra import gpu, network
+from infra import hosting, network
 from infra.template import fill
 from models.config import Environment, load_fleet
 from models.release import (
@@ -214,9 +214,10 @@ def logical_id(template, kind):
 def plain(value):
     """Return a value in which imports and references of the artifact bucket and the key are plain text."""
     text = json.dumps(value)
-    for what, mark in (("Artifacts82DD59A1Arn", "<bucket>"), ("Key961B73FDArn", "<key>")):
+    named = (("Artifacts82DD59A1Arn", "<bucket>"), ("Data666C94C7Arn", "<data>"), ("Key961B73FDArn", "<key>"))
+    for what, mark in named:
         text = re.sub(rf'\{{"Fn::ImportValue": "[^"]*{what}[^"]*"\}}', f'"{mark}"', text)
-    text = re.sub(r'\{"Fn::Join": \["", \["<bucket>", "([^"]*)"\]\]\}', r'"<bucket>\1"', text)
+    text = re.sub(r'\{"Fn::Join": \["", \["(<bucket>|<data>)", "([^"]*)"\]\]\}', r'"\1\2"', text)
     return json.loads(text)
 
 
@@ -247,6 +248,14 @@ EVERY_RESOURCE = {
     "ecr:GetAuthorizationToken": "the action knows no resource",
     "ec2:DescribeDhcpOptions ec2:DescribeNetworkInterfaces ec2:DescribeSecurityGroups ec2:DescribeSubnets"
     " ec2:DescribeVpcs ecr:GetAuthorizationToken": "the actions know no resource",
+    "ecr:BatchCheckLayerAvailability ecr:BatchGetImage ecr:GetAuthorizationToken ecr:GetDownloadUrlForLayer": (
+        "an endpoint's policy: it bounds accounts and actions, roles name resources"
+    ),
+    "logs:CreateLogStream logs:PutLogEvents": "an endpoint's policy, as above",
+    "elasticloadbalancing:DescribeListeners elasticloadbalancing:DescribeRules"
+    " elasticloadbalancing:DescribeTargetGroups elasticloadbalancing:DescribeTargetHealth": (
+        "the actions know no resource"
+    ),
     "cloudwatch:PutMetricData": "the action knows no resource; its namespaces are bounded by a condition",
     "greengrass:GetComponentVersionArtifact greengrass:GetDeploymentConfiguration"
     " greengrass:ListThingGroupsForCoreDevice greengrass:ResolveComponentCandidates": (
@@ -378,7 +387,7 @@ def test_artifact_bucket(templates):
 
 def test_every_bucket_is_private_and_wants_tls(templates):
     buckets = templates["storage"].find_resources("AWS::S3::Bucket")
-    assert len(buckets) == 2
+    assert len(buckets) == 3
     for bucket in buckets.values():
         assert bucket["DeletionPolicy"] == bucket["UpdateReplacePolicy"] == "Retain"
         assert set(bucket["Properties"]["PublicAccessBlockConfiguration"].values()) == {True}
@@ -461,7 +470,8 @@ def test_endpoints_are_those_that_are_needed(templates):
     (gateway,) = [e for e in endpoints if e["VpcEndpointType"] == "Gateway"]
     allowed = plain(gateway["PolicyDocument"]["Statement"])
     assert [(s["Action"], s["Resource"]) for s in allowed] == [
-        (["s3:GetObject", "s3:ListBucket"], ["<bucket>", "<bucket>/*"]),
+        (["s3:GetObject", "s3:ListBucket"], ["<bucket>", "<data>", "<bucket>/*", "<data>/*"]),
+        (["s3:AbortMultipartUpload", "s3:PutObject"], "<data>/*"),
         ("s3:GetObject", "arn:aws:s3:::prod-us-east-1-starport-layer-bucket/*"),
     ]
     assert len(gateway["RouteTableIds"]) == 2
@@ -576,8 +586,8 @@ def test_task_fetches_then_serves(templates, key, signer):
 def test_task_role_reads_its_artifact_alone(templates):
     (role,) = [
         role["Properties"]
-        for role in templates["cpu"].find_resources("AWS::IAM::Role").values()
-        if "Policies" in role["Properties"]
+        for name, role in templates["cpu"].find_resources("AWS::IAM::Role").items()
+        if name.startswith("recommendRole")
     ]
     through_s3 = {"StringEquals": {"kms:ViaService": "s3.us-east-1.amazonaws.com"}}
     assert statements(role) == {
@@ -598,6 +608,14 @@ def test_service_rolls_back_and_is_private(templates):
     assert service["LaunchType"] == "FARGATE"
     assert "DesiredCount" not in service
     assert service["DeploymentConfiguration"] == {
+        "Alarms": {
+            "AlarmNames": [{"Ref": name} for name in templates["cpu"].find_resources("AWS::CloudWatch::Alarm")],
+            "Enable": True,
+            "Rollback": True,
+        },
+        "BakeTimeInMinutes": 10,
+        "CanaryConfiguration": {"CanaryBakeTimeInMinutes": 5, "CanaryPercent": 10},
+        "Strategy": "CANARY",
         "DeploymentCircuitBreaker": {"Enable": True, "Rollback": True},
         "MinimumHealthyPercent": 100,
         "MaximumPercent": 200,
@@ -607,8 +625,9 @@ def test_service_rolls_back_and_is_private(templates):
     assert len(place["Subnets"]) == 2
     balancer = only(templates["cpu"], "AWS::ElasticLoadBalancingV2::LoadBalancer")
     assert (balancer["Scheme"], balancer["Type"]) == ("internal", "application")
-    targets = only(templates["cpu"], "AWS::ElasticLoadBalancingV2::TargetGroup")
-    assert (targets["HealthCheckPath"], targets["Port"], targets["TargetType"]) == ("/readyz", 8080, "ip")
+    for group in templates["cpu"].find_resources("AWS::ElasticLoadBalancingV2::TargetGroup").values():
+        targets = group["Properties"]
+        assert (targets["HealthCheckPath"], targets["Port"], targets["TargetType"]) == ("/readyz", 8080, "ip")
 
 
 def test_service_scales_from_its_tasks_to_four_times_as_many(templates):
@@ -624,7 +643,7 @@ def test_only_clients_reach_the_load_balancer_and_only_it_the_tasks(templates):
         return value["Fn::GetAtt"][0] if "Fn::GetAtt" in value else re.search(r"(Clients|Endpoints)", str(value))[0]
 
     ingress = [r["Properties"] for r in templates["cpu"].find_resources("AWS::EC2::SecurityGroupIngress").values()]
-    tasks, balancer = "recommendSecurityGroup0D746A0F", "recommendLoadBalancerSecurityGroup6A494EBF"
+    tasks, balancer = "recommendSecurityGroup0D746A0F", "LoadBalancerSecurityGroup3036A0FC"
     assert {(group(r["SourceSecurityGroupId"]), group(r["GroupId"]), r["ToPort"]) for r in ingress} == {
         ("Clients", balancer, 80),
         (balancer, tasks, 8080),
@@ -783,7 +802,7 @@ def test_unknown_region_is_an_error(build, monkeypatch):
 
 
 def test_every_region_of_the_network_has_a_triton_image():
-    assert network.S3_PREFIX_LISTS.keys() <= gpu.TRITON_ACCOUNTS.keys()
+    assert network.S3_PREFIX_LISTS.keys() <= hosting.TRITON_ACCOUNTS.keys()
 
 
 def synthesize(path, **context):
