@@ -13,6 +13,7 @@ from constructs import Construct
 
 from infra.cpu import CpuStack
 from infra.edge import EdgeStack
+from infra.gateway import GatewayStack
 from infra.gpu import GpuStack
 from infra.network import NetworkStack
 from infra.storage import StorageStack
@@ -41,9 +42,12 @@ class FleetStage(cdk.Stage):
         storage = StorageStack(self, "storage", bucket_name=bucket, data_name=data, log_group_prefix=f"{stage_name}-")
         network = NetworkStack(self, "network", settings=env, release=release, storage=storage)
         placed = {"release": release, "values": values, "storage": storage, "network": network}
-        GpuStack(self, "gpu", settings=env.gpu, hours=env.hours, slow_ms=slow_ms, shadow=shadow, **placed)
-        CpuStack(self, "cpu", settings=env.cpu, hours=env.hours, slow_ms=slow_ms, **placed)
-        EdgeStack(self, "edge", settings=env.edge, release=release, values=values, storage=storage)
+        gpu = GpuStack(self, "gpu", settings=env.gpu, hours=env.hours, slow_ms=slow_ms, shadow=shadow, **placed)
+        cpu = CpuStack(self, "cpu", settings=env.cpu, hours=env.hours, slow_ms=slow_ms, **placed)
+        if release.of("gateway"):
+            GatewayStack(self, "gateway", settings=env.gateway, service=env.cpu, cpu=cpu, gpu=gpu, **placed)
+        if release.of("greengrass-model"):
+            EdgeStack(self, "edge", settings=env.edge, release=release, values=values, storage=storage)
         # no release among the tags: each release would touch every resource
         cdk.Tags.of(self).add("project", fleet.project.name)
         cdk.Tags.of(self).add("environment", name)
