@@ -8,12 +8,13 @@ from aws_cdk import aws_applicationautoscaling as autoscaling
 from aws_cdk import aws_cloudwatch as cloudwatch
 from aws_cdk import aws_ec2 as ec2
 from aws_cdk import aws_iam as iam
+from aws_cdk import aws_logs as logs
 from aws_cdk import aws_sagemaker as sagemaker
 from constructs import Construct
 
 from infra.hosting import hosting_role, triton_image
 from infra.network import NetworkStack, closed_group
-from infra.storage import CAPTURE, StorageStack
+from infra.storage import CAPTURE, ENDPOINT_LOGS, StorageStack
 from infra.template import TritonTemplate, read_template
 from models.config import GpuSettings, Hours
 from models.release import Artifact, Release, ShipyardError
@@ -139,6 +140,14 @@ class TritonEndpoint(Construct):
             data_capture_config=self._capture(name, settings, storage) if capture else None,
         )
         self.alarms = self._alarms(slow_ms)
+        # made before the endpoint is, which would make it unencrypted and for good
+        log = logs.LogGroup(
+            self,
+            "LogGroup",
+            log_group_name=f"{ENDPOINT_LOGS}{self.name}",
+            encryption_key=storage.key,
+            retention=logs.RetentionDays.ONE_MONTH,
+        )
         scales = settings.max_instances is not None or hours is not None
         self.endpoint = sagemaker.CfnEndpoint(
             self,
@@ -153,6 +162,7 @@ class TritonEndpoint(Construct):
                 for kind in ("DataCaptureConfig", "DesiredWeight", *(() if scales else ("DesiredInstanceCount",)))
             ],
         )
+        self.endpoint.node.add_dependency(log)
         if scales:
             self._scale(settings, hours)
 

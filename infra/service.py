@@ -10,6 +10,7 @@ from aws_cdk import aws_ec2 as ec2
 from aws_cdk import aws_ecs as ecs
 from aws_cdk import aws_elasticloadbalancingv2 as elbv2
 from aws_cdk import aws_iam as iam
+from aws_cdk import aws_logs as logs
 from constructs import Construct
 
 from infra.network import NetworkStack, closed_group
@@ -83,6 +84,9 @@ class InferenceService(Construct):
             storage=storage,
             statements=statements,
         )
+        group = self.node.find_child("LogGroup")
+        assert isinstance(group, logs.LogGroup)
+        self.log_group = group
         self.group = closed_group(self, "SecurityGroup", vpc=network.vpc, description=f"Tasks of {artifact.name}")
         self.group.connections.allow_to(network.endpoints, ec2.Port.tcp(443), "Image, logs and what else AWS has")
         self.group.connections.allow_to(network.s3, ec2.Port.tcp(443), "Image layers and bundle from S3")

@@ -10,6 +10,7 @@ from constructs import Construct
 
 from infra.replica import Replica, replicate
 
+ENDPOINT_LOGS = "/aws/sagemaker/Endpoints/"  # before an endpoint's name, the name of its log group
 CAPTURE = "capture/"  # below it, in the data bucket, requests and answers of the endpoints
 
 
@@ -176,12 +177,15 @@ class StorageStack(cdk.Stack):
 
 def _log_groups(stack: cdk.Stack, prefix: str) -> iam.PolicyStatement:
     """Let CloudWatch Logs use a key for the log groups of one name prefix (CloudWatch Logs user guide, "Encrypt")."""
-    group = stack.format_arn(
-        service="logs", resource="log-group", resource_name=f"{prefix}*", arn_format=cdk.ArnFormat.COLON_RESOURCE_NAME
-    )
+    groups = [
+        stack.format_arn(
+            service="logs", resource="log-group", resource_name=name, arn_format=cdk.ArnFormat.COLON_RESOURCE_NAME
+        )
+        for name in (f"{prefix}*", f"{ENDPOINT_LOGS}{prefix}*")
+    ]
     return iam.PolicyStatement(
         principals=[iam.ServicePrincipal(f"logs.{stack.region}.amazonaws.com")],
         actions=["kms:Encrypt*", "kms:Decrypt*", "kms:ReEncrypt*", "kms:GenerateDataKey*", "kms:Describe*"],
         resources=["*"],  # in a key policy this means the key itself
-        conditions={"ArnLike": {"kms:EncryptionContext:aws:logs:arn": group}},
+        conditions={"ArnLike": {"kms:EncryptionContext:aws:logs:arn": groups}},
     )

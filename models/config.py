@@ -198,6 +198,11 @@ class Fleet(Settings):
         env = self.env[name]
         return f"{self.project.name}-{name.replace('_', '-')}-artifacts-{env.account}-{env.region}"
 
+    def replica_bucket(self, name: str) -> str:
+        """Return the name of the copy of an environment's artifact bucket in its second region."""
+        env = self.env[name]
+        return f"{self.project.name}-{name.replace('_', '-')}-artifacts-{env.account}-{env.replica}"
+
     def data_bucket(self, name: str) -> str:
         """Return the name of an environment's data bucket: feedback, captured requests and scores."""
         env = self.env[name]

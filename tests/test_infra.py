@@ -485,7 +485,8 @@ def test_key_rotates_and_serves_this_environments_logs(templates):
     owner, service = key["KeyPolicy"]["Statement"]
     assert owner["Principal"] == {"AWS": f"arn:aws:iam::{ACCOUNT}:root"}
     assert service["Principal"] == {"Service": "logs.us-east-1.amazonaws.com"}
-    groups = f"arn:aws:logs:us-east-1:{ACCOUNT}:log-group:shipyard-dev-*"
+    start = f"arn:aws:logs:us-east-1:{ACCOUNT}:log-group"
+    groups = [f"{start}:shipyard-dev-*", f"{start}:/aws/sagemaker/Endpoints/shipyard-dev-*"]
     assert service["Condition"] == {"ArnLike": {"kms:EncryptionContext:aws:logs:arn": groups}}
 
 
