@@ -185,7 +185,9 @@ class NetworkStack(cdk.Stack):
 
 def closed_group(scope: Construct, construct_id: str, *, vpc: ec2.IVpc, description: str) -> ec2.SecurityGroup:
     """Return a security group that lets nothing in or out until a rule is added to it."""
-    group = ec2.SecurityGroup(scope, construct_id, vpc=vpc, description=description, allow_all_outbound=False)
+    group = ec2.SecurityGroup(
+        scope, construct_id, vpc=vpc, description=description, allow_all_outbound=False, disable_inline_rules=True
+    )
     resource = group.node.default_child
     assert isinstance(resource, ec2.CfnSecurityGroup)
     # EC2 lets a group without outbound rules of its own send anything anywhere. CDK writes a rule that no packet meets

@@ -59,9 +59,10 @@ class ReplicaStack(cdk.Stack):
         )
 
 
-def replicate(bucket: s3.Bucket, key: kms.IKey, replica: Replica) -> None:
+def replicate(bucket: s3.Bucket, bucket_name: str, key: kms.IKey, replica: Replica) -> None:
     """Copy what is uploaded to a bucket of artifacts to its replica (S3 user guide, "Replicating encrypted objects")."""
     stack = cdk.Stack.of(bucket)
+    source = f"arn:aws:s3:::{bucket_name}"  # by its name, for the bucket itself refers to the role
     arn = f"arn:aws:s3:::{replica.bucket_name}"
     keys = f"arn:aws:kms:{replica.region}:{replica.account}:key/*"
     role = iam.Role(
@@ -74,11 +75,11 @@ def replicate(bucket: s3.Bucket, key: kms.IKey, replica: Replica) -> None:
             "replicate": iam.PolicyDocument(
                 statements=[
                     iam.PolicyStatement(
-                        actions=["s3:GetReplicationConfiguration", "s3:ListBucket"], resources=[bucket.bucket_arn]
+                        actions=["s3:GetReplicationConfiguration", "s3:ListBucket"], resources=[source]
                     ),
                     iam.PolicyStatement(
                         actions=["s3:GetObjectVersionForReplication", "s3:GetObjectVersionTagging"],
-                        resources=[bucket.arn_for_objects("artifacts/*")],
+                        resources=[f"{source}/artifacts/*"],
                     ),
                     iam.PolicyStatement(
                         actions=["s3:ReplicateObject", "s3:ReplicateTags"], resources=[f"{arn}/artifacts/*"]

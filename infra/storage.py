@@ -74,7 +74,7 @@ class StorageStack(cdk.Stack):
             [s3.LifecycleRule(prefix=CAPTURE, expiration=cdk.Duration.days(30))],
         )
         if replica is not None:
-            replicate(self.bucket, self.key, replica)
+            replicate(self.bucket, bucket_name, self.key, replica)
         if readers:
             self._share(readers)
         cdk.CfnOutput(self, "Bucket", value=self.bucket.bucket_name)
