@@ -191,7 +191,10 @@ def closed_group(scope: Construct, construct_id: str, *, vpc: ec2.IVpc, descript
     resource = group.node.default_child
     assert isinstance(resource, ec2.CfnSecurityGroup)
     # EC2 lets a group without outbound rules of its own send anything anywhere. CDK writes a rule that no packet meets
-    # to prevent this, but takes it away again when rules are added as resources beside the group, as all of ours are.
+    # to prevent this, but as a resource beside the group, and takes it away again when another rule is added.
+    for rule in group.node.find_all():
+        if isinstance(rule, ec2.CfnSecurityGroupEgress):
+            group.node.try_remove_child(rule.node.id)
     resource.add_property_override(
         "SecurityGroupEgress",
         [
