@@ -55,7 +55,7 @@ def check(name: str, fleet: Fleet) -> None:
         raise ShipyardError(
             f"{where}.delivery.promote_from: no such environment",
             value=source,
-            allowed=", ".join(other for other in fleet.env if other != name),
+            allowed=", ".join(other for other in fleet.env if other != name) or "another environment",
             mend="name the environment that releases come from",
         )
 
