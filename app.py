@@ -21,6 +21,7 @@ from infra.link import LinkStack
 from infra.network import NetworkStack
 from infra.observe import ObserveStack, Watched
 from infra.replica import Replica, ReplicaStack
+from infra.rules import check_templates
 from infra.storage import StorageStack
 from infra.template import placeholders
 from models.config import Fleet, load_fleet
@@ -55,7 +56,7 @@ class FleetStage(cdk.Stage):
             readers=promoters(fleet, name),
         )
         if replica is not None:
-            storage.add_dependency(ReplicaStack(self, "replica", replica=replica))
+            storage.add_stack_dependency(ReplicaStack(self, "replica", replica=replica))
         network = NetworkStack(self, "network", settings=env, release=release, storage=storage)
         placed = {"release": release, "values": values, "storage": storage, "network": network}
         gpu = GpuStack(self, "gpu", settings=env.gpu, hours=env.hours, slow_ms=slow_ms, shadow=shadow, **placed)
@@ -115,10 +116,10 @@ def main() -> int:
     app = cdk.App(stack_traces=False, context={"aws:cdk:disable-creation-stack-traces": True})
     try:
         build(app, ROOT)
+        check_templates(Path(app.synth().directory))
     except ShipyardError as fault:
         print(f"error: {fault}", file=sys.stderr)
         return 1
-    app.synth()
     return 0
 
 

@@ -71,7 +71,7 @@ class Budget(Construct):
             execution_role_arn=self._actor(role, stop).role_arn,
             subscribers=[budgets.CfnBudgetsAction.SubscriberProperty(type="EMAIL", address=settings.email)],
         )
-        action.add_dependency(budget)
+        action.add_resource_dependency(budget)
 
     def _actor(self, role: str, stop: iam.ManagedPolicy) -> iam.Role:
         """Return the role with which the budget attaches that policy to that role, and can do nothing else."""

@@ -4,6 +4,7 @@ import aws_cdk as cdk
 from aws_cdk import aws_iam as iam
 from constructs import Construct
 
+from infra.findings import WILDCARD, acknowledge
 from infra.storage import StorageStack
 from models.config import DeliverySettings, Fleet
 
@@ -57,6 +58,11 @@ class DeliveryStack(cdk.Stack):
                     {"StringEquals": {f"{ISSUER}:aud": "sts.amazonaws.com", f"{ISSUER}:sub": subject}},
                 ),
                 inline_policies={construct_id.lower(): iam.PolicyDocument(statements=statements)},
+            )
+            acknowledge(
+                made,
+                WILDCARD,
+                "All artifacts, and all stacks of this environment: their digests and ids are not known here.",
             )
             cdk.CfnOutput(self, f"{construct_id}RoleArn", value=made.role_arn)
 

@@ -72,7 +72,7 @@ class GatewayStack(cdk.Stack):
                 allowed=f"a triton artifact named {SEARCH}",
                 mend="bundle the sub-model search for the target gpu",
             )
-        self.add_dependency(gpu)  # it knows the endpoint by its name alone
+        self.add_stack_dependency(gpu)  # it knows the endpoint by its name alone
         endpoint = gpu.endpoints[SEARCH]
         self.stream = FeedbackStream(
             self, "Feedback", name=f"{self.stack_name.removesuffix(f'-{construct_id}')}-feedback", storage=storage

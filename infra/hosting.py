@@ -5,6 +5,7 @@ from aws_cdk import aws_ec2 as ec2
 from aws_cdk import aws_iam as iam
 from constructs import Construct
 
+from infra.findings import WILDCARD, acknowledge
 from infra.network import NetworkStack
 from infra.storage import CAPTURE, StorageStack
 from models.release import Artifact, ShipyardError, artifact_key
@@ -137,7 +138,7 @@ def hosting_role(
             conditions={"StringLike": {"cloudwatch:namespace": ["/aws/sagemaker/*", "AWS/SageMaker"]}},
         ),
     ]
-    return iam.Role(
+    role = iam.Role(
         endpoint,
         "Role",
         assumed_by=iam.ServicePrincipal(
@@ -146,3 +147,10 @@ def hosting_role(
         # inline, so that the role is never there without its policy when the model is created
         inline_policies={"serve": iam.PolicyDocument(statements=statements)},
     )
+    acknowledge(
+        role,
+        WILDCARD,
+        "Versions of this artifact, its captured requests, logs and interfaces have ids that are not known here; the "
+        "actions on * know no resource.",
+    )
+    return role

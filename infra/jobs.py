@@ -9,6 +9,7 @@ from aws_cdk import aws_scheduler_targets as targets
 from aws_cdk import aws_sqs as sqs
 from constructs import Construct
 
+from infra.findings import acknowledge
 from infra.network import NetworkStack, closed_group
 from infra.storage import StorageStack
 from infra.task import Place, add_container, bundle_task, container_image, empty_task, log_driver
@@ -41,9 +42,7 @@ class ScheduledTask(Construct):
             enforce_ssl=True,
             retention_period=cdk.Duration.days(14),
         )
-        cdk.Validations.of(failed).acknowledge(
-            cdk.Acknowledgment(id="AwsSolutions-SQS3", reason="It is itself the queue for what failed.")
-        )
+        acknowledge(failed, "AwsSolutions-SQS3", "It is itself the queue for what failed.")
         scheduler.Schedule(
             self,
             "Schedule",

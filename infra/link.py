@@ -46,7 +46,7 @@ class LinkStack(cdk.Stack):
             route_table_ids=network.route_tables,
             vpn_gateway_id=gateway.attr_vpn_gateway_id,
         )
-        routes.add_dependency(attached)
+        routes.add_resource_dependency(attached)
         if settings.kind == "vpn":
             self._vpn(settings, gateway, storage)
         else:
@@ -123,7 +123,7 @@ class LinkStack(cdk.Stack):
             associated_gateway_id=gateway.attr_vpn_gateway_id,
             allowed_prefixes_to_direct_connect_gateway=[cidr],
         )
-        association.add_dependency(attached)
+        association.add_resource_dependency(attached)
         cdk.CfnOutput(self, "DirectConnectGatewayId", value=entry.attr_direct_connect_gateway_id)
 
     def _resolve(self, settings: LinkSettings, network: NetworkStack) -> None:

@@ -13,6 +13,7 @@ from aws_cdk import aws_iam as iam
 from aws_cdk import aws_logs as logs
 from constructs import Construct
 
+from infra.findings import WILDCARD, acknowledge
 from infra.network import NetworkStack, closed_group
 from infra.storage import StorageStack
 from infra.task import Place, bundle_task
@@ -208,6 +209,7 @@ class InferenceService(Construct):
             ),
             inline_policies={"shift": iam.PolicyDocument(statements=statements)},
         )
+        acknowledge(role, WILDCARD, "The describing actions know no resource; what changes is named.")
         return ecs.AlternateTarget(
             "Alternate",
             alternate_target_group=targets[1],

@@ -8,6 +8,7 @@ from aws_cdk import aws_kms as kms
 from aws_cdk import aws_s3 as s3
 from constructs import Construct
 
+from infra.findings import acknowledge
 from infra.replica import Replica, replicate
 
 ENDPOINT_LOGS = "/aws/sagemaker/Endpoints/"  # before an endpoint's name, the name of its log group
@@ -64,9 +65,7 @@ class StorageStack(cdk.Stack):
             lifecycle_rules=[s3.LifecycleRule(expiration=cdk.Duration.days(365))],
             removal_policy=cdk.RemovalPolicy.RETAIN,
         )
-        cdk.Validations.of(self.access_log).acknowledge(
-            cdk.Acknowledgment(id="AwsSolutions-S1", reason="It is the log itself: to log it would never end.")
-        )
+        acknowledge(self.access_log, "AwsSolutions-S1", "It is the log itself: to log it would never end.")
         self.bucket = self._bucket("Artifacts", bucket_name, [])
         self.data = self._bucket(
             "Data",

@@ -10,6 +10,7 @@ from aws_cdk import aws_iam as iam
 from aws_cdk import aws_logs as logs
 from constructs import Construct
 
+from infra.findings import ENVIRONMENT, WILDCARD, acknowledge
 from infra.storage import StorageStack
 from infra.template import Command, ImageTemplate
 from models.config import CpuSettings
@@ -92,8 +93,9 @@ def empty_task(scope: Construct, *, place: Place, statements: tuple[iam.PolicySt
         ),
         inline_policies={"task": iam.PolicyDocument(statements=list(statements))} if statements else None,
     )
+    acknowledge(role, WILDCARD, "Every version of one artifact, or every object below a prefix.")
     external = place.compatibility == ecs.Compatibility.EXTERNAL
-    return ecs.TaskDefinition(
+    task = ecs.TaskDefinition(
         scope,
         "Task",
         compatibility=place.compatibility,
@@ -104,6 +106,9 @@ def empty_task(scope: Construct, *, place: Place, statements: tuple[iam.PolicySt
         runtime_platform=None if external else ARM64,
         task_role=role,
     )
+    acknowledge(task, WILDCARD, "The execution role's ecr:GetAuthorizationToken knows no resource; images are named.")
+    acknowledge(task, ENVIRONMENT, "Public keys, signatures and names of buckets: none of it is a secret.")
+    return task
 
 
 def add_container(

@@ -1,6 +1,7 @@
 """The private cluster: listener rules, the ways of an update, scaling, Graviton, the customer's machines, schedules."""
 
 import json
+import subprocess
 
 import pytest
 
@@ -8,6 +9,7 @@ from infra.service import stable_number
 from tests.test_infra import (
     ACCOUNT,
     IMAGE,
+    ROOT,
     artifact,
     logical_id,
     make_stage,
@@ -241,3 +243,46 @@ def test_the_image_can_be_built_from_the_bundles_dockerfile(tmp_path):
     template = template_of(stage, "cpu")
     image = only(template, "AWS::ECS::TaskDefinition")["ContainerDefinitions"][0]["Image"]
     assert "cdk-hnb659fds-container-assets" in json.dumps(image)
+
+
+# --- the script that registers the customer's machines ---------------------------------------------------------------
+
+# stands for the aws command: no such client is installed here; it notes what it is asked and answers as AWS does
+AWS = """#!/bin/sh
+echo "$*" >> "$ASKED"
+case "$*" in
+    *ClusterName*) echo "$CLUSTER" ;;
+    *MachineRoleName*) echo shipyard-dev-cpu-MachineRole ;;
+    *create-activation*) printf '%s\\t%s\\n' 0123-id a-code ;;
+esac
+"""
+
+
+def register(tmp_path, *arguments, cluster="shipyard-dev-cluster"):
+    (tmp_path / "aws").write_text(AWS)
+    (tmp_path / "aws").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "ASKED": str(tmp_path / "asked"), "CLUSTER": cluster}
+    script = ROOT / "infra" / "anywhere.sh"
+    return subprocess.run(["sh", str(script), *arguments], env=environment, capture_output=True, text=True)
+
+
+def test_script_makes_an_activation_for_the_role_of_the_stack(tmp_path):
+    done = register(tmp_path, "activate", "shipyard-dev-cpu", "us-east-1", "3")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "sh anywhere.sh join us-east-1 shipyard-dev-cluster 0123-id a-code DIGEST\n"
+    asked = (tmp_path / "asked").read_text()
+    assert "--iam-role shipyard-dev-cpu-MachineRole --registration-limit 3" in asked
+    # the outputs that it asks for are those that the stack has
+    template = template_of(make_stage(search(), recommend(), cpu={"anywhere": True}), "cpu")
+    assert {"ClusterName", "MachineRoleName"} <= template.to_json()["Outputs"].keys()
+
+
+def test_script_refuses_a_stack_without_machines_of_ones_own(tmp_path):
+    done = register(tmp_path, "activate", "shipyard-dev-cpu", "us-east-1", "3", cluster="None")
+    assert done.returncode == 1 and "anywhere = true" in done.stderr
+    assert "create-activation" not in (tmp_path / "asked").read_text()
+
+
+def test_script_tells_how_it_is_used(tmp_path):
+    done = register(tmp_path, "activate", "alone")
+    assert done.returncode == 2 and "activate STACK REGION NUMBER" in done.stderr
