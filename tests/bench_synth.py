@@ -1,10 +1,10 @@
 """Time `cdk synth` of one environment against an empty app, in turns, both without the CDK's own validator.
 
-python tests/bench_synth.py [ENVIRONMENT] exits with 1 where the median is more than 2.5 times that of the empty app.
+python tests/bench_synth.py [ENVIRONMENT] exits with 1 where it takes more than 2.5 times as long as the empty app. The
+fastest of five turns counts, as in timeit: what makes a turn slower is other work on the machine.
 """
 
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,7 +29,7 @@ def seconds(app: str, *options: str) -> float:
 
 
 def main() -> int:
-    """Print both medians and their ratio."""
+    """Print both times and their ratio."""
     name = sys.argv[1] if len(sys.argv) > 1 else "prod"
     took: dict[str, list[float]] = {"empty": [], name: []}
     for turn in range(TURNS + 1):
@@ -40,10 +40,9 @@ def main() -> int:
             spent = seconds(app, *options)
             if turn:  # the first turn fills caches
                 took[what].append(spent)
-    medians = {what: statistics.median(times) for what, times in took.items()}
-    ratio = medians[name] / medians["empty"]
+    ratio = min(took[name]) / min(took["empty"])
     for what, times in took.items():
-        print(f"{what:10} {medians[what]:6.2f} s   {min(times):.2f} to {max(times):.2f} in {TURNS} turns")
+        print(f"{what:10} {min(times):6.2f} s   up to {max(times):.2f} in {TURNS} turns")
     print(f"ratio      {ratio:6.2f}     at most {MOST}")
     return int(ratio > MOST)
 

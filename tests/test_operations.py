@@ -17,6 +17,7 @@ from tests.test_infra import (
     CONTEXT,
     ENVIRONMENT,
     aslist,
+    compare_snapshot,
     edge,
     fleet_of,
     gateway,
@@ -72,6 +73,12 @@ def test_cfn_lint_finds_no_error_and_policies_name_actions(stage, name):
             assert key_policy or "*" not in aslist(value["Resource"])
     assert "ManagedPolicyArns" not in json.dumps(body)
     assert "0.0.0.0/0" not in json.dumps(body)
+
+
+@pytest.mark.parametrize("name", ("observe", "link", "delivery", "replica"))
+def test_snapshot(stage, name):
+    """SHIPYARD_UPDATE_SNAPSHOTS=1 writes it anew."""
+    compare_snapshot(name, template_of(stage, name).to_json())
 
 
 # --- observe ---------------------------------------------------------------------------------------------------------
