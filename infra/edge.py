@@ -9,6 +9,7 @@ from aws_cdk import aws_iam as iam
 from aws_cdk import aws_iot as iot
 from constructs import Construct
 
+from infra.findings import WILDCARD, acknowledge
 from infra.storage import StorageStack
 from infra.template import ComponentTemplate, read_template
 from models.config import EdgeSettings
@@ -76,12 +77,14 @@ class EdgeStack(cdk.Stack):
         """Return the role for which devices exchange their certificate: it reads components alone."""
         keys = [artifact_key(artifact.name, "*") + "*" for artifact in artifacts]
         location = iam.PolicyStatement(actions=["s3:GetBucketLocation"], resources=[storage.bucket.bucket_arn])
-        return iam.Role(
+        role = iam.Role(
             self,
             "TokenExchangeRole",
             assumed_by=iam.ServicePrincipal("credentials.iot.amazonaws.com"),
             inline_policies={"fetch": iam.PolicyDocument(statements=[*storage.reading(*keys), location])},
         )
+        acknowledge(role, WILDCARD, "Every version of these components: a device may return to one of before.")
+        return role
 
     def _device_policy(self, thing_group: str, alias: iot.CfnRoleAlias) -> iam.PolicyDocument:
         """Return the least that a core device needs (Greengrass developer guide, "Minimal AWS IoT policy").

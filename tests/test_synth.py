@@ -84,7 +84,8 @@ def test_every_environment_has_all_stacks(first):
         manifest = json.loads((first / f"assembly-{name}" / "manifest.json").read_text())
         stacks = [a for a in manifest["artifacts"].values() if a["type"] == "aws:cloudformation:stack"]
         names = {stack["properties"]["stackName"] for stack in stacks}
-        assert names == {f"{fleet.project.name}-{name}-{stack}" for stack in STACKS}
+        made = {*STACKS, *(table for table in ("link", "observe", "delivery") if getattr(env, table) is not None)}
+        assert names == {f"{fleet.project.name}-{name}-{stack}" for stack in made}
         assert {stack["environment"] for stack in stacks} == {f"aws://{env.account}/{env.region}"}
 
 
