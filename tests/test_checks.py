@@ -5,7 +5,19 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from infra.checks import GPU_FAMILIES, check, check_release
 from infra.network import S3_PREFIX_LISTS
-from models.config import Environment, load_fleet
+from models.config import (
+    CpuSettings,
+    DeliverySettings,
+    Environment,
+    GatewaySettings,
+    GpuSettings,
+    Hours,
+    Job,
+    LinkSettings,
+    ObserveSettings,
+    Vpc,
+    load_fleet,
+)
 from models.release import ShipyardError, sign
 from tests.test_infra import IMAGE, ROOT, artifact, fleet_of, recommend, sample, search, synthesize, write_release
 
@@ -131,3 +143,32 @@ def test_fault_stops_the_synth(tmp_path):
     path = write_release(tmp_path / "release")
     with pytest.raises(ShipyardError, match=r"env.prod.gpu.instances: not for production"):
         synthesize(path, fleet=str(tmp_path / "fleet.toml"), env="prod")
+
+
+# --- docs/environments.md --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", [Environment, GpuSettings, CpuSettings, GatewaySettings, Job, Vpc, Hours])
+def test_every_key_is_told(model):
+    page = (ROOT / "docs" / "environments.md").read_text()
+    untold = {"account", "region", "zones", "cidr", "release", "gpu", "cpu", "edge", "gateway", "link", "observe"}
+    for name in model.model_fields.keys() - untold - {"delivery", "job"}:
+        assert f"`{name}`" in page or f"{name} =" in page, name
+
+
+@pytest.mark.parametrize(
+    "table, model", [("link", LinkSettings), ("observe", ObserveSettings), ("delivery", DeliverySettings)]
+)
+def test_every_key_of_the_stacks_around_is_told(table, model):
+    page = (ROOT / "docs" / "environments.md").read_text()
+    for name in model.model_fields.keys() - {"peer"}:
+        assert f"`{table}.{name}`" in page, name
+
+
+def test_default_sizes_are_those_of_the_page():
+    page = (ROOT / "docs" / "environments.md").read_text()
+    gateway, gpu = GatewaySettings(), fleet_of().env["dev"].gpu
+    assert f"| {gateway.requests_per_second}, {gateway.burst} |" in page
+    assert f"| {gateway.cpu}, {gateway.memory_mib}, {gateway.tasks} |" in page
+    assert f"| `concurrency` | {gpu.concurrency:g} |" in page
+    assert f"| `observe.p99_ms` | {ObserveSettings(**OBSERVE).p99_ms} |" in page
