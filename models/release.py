@@ -181,8 +181,9 @@ class Machine(Settings):
 class Source(Settings):
     """Say what the release was made from: digests of data, base model and our code, and the libraries' versions.
 
-    The same of all these gives the same bundles to the byte, under any path, language and time zone. Training adds floats
-    in an order that depends on threads and instruction sets, so that its weights are equal on the same `machine` alone.
+    From the same trained weights follow the same bundles to the byte, under any path, language, time zone and number of
+    threads. Training itself adds floats in an order that threads decide, so that its weights differ in the last bits from
+    one run to the next; `machine` says where it ran.
     """
 
     data: str
