@@ -178,8 +178,19 @@ class EdgeSettings(Settings):
     token_exchange_version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+$")]
 
 
+class Guardrails(Settings):
+    """Bound what an environment costs, in the currency of its region, a month, in the scenario expected.
+
+    `cap` bounds the whole; `increase` and `increase_percent` bound by how much one change may raise it.
+    """
+
+    cap: Annotated[float, Field(ge=0)] | None = None
+    increase: Annotated[float, Field(ge=0)] | None = None
+    increase_percent: Annotated[float, Field(ge=0)] | None = None
+
+
 class Environment(Settings):
-    """Describe one environment: where it lies, which release it runs and how large each target is."""
+    """Describe one environment: where it lies, which release it runs, how large each target is, what it may cost."""
 
     account: Annotated[str, Field(pattern=r"^\d{12}$", description="12 digits")]
     region: Annotated[str, Field(pattern=r"^[a-z]{2}(-[a-z]+)+-\d$", description="a region, as us-east-1")]
@@ -190,6 +201,7 @@ class Environment(Settings):
     gpu: GpuSettings
     cpu: CpuSettings
     edge: EdgeSettings
+    cost: Guardrails = Guardrails()
 
 
 class Fleet(Settings):

@@ -194,7 +194,7 @@ def scaled(scheduled=(), **bounds):
 
 
 def tasks(resources, usage=None):
-    found = [line for line in lines(resources, usage) if line.item.endswith("vCPU")]
+    found = [line for line in lines(resources, usage) if line.item.startswith("vCPU of tasks")]
     return [float(q) / 730 for q in found[0].quantity]
 
 
@@ -248,8 +248,8 @@ def test_spot_and_on_demand_share_by_weight():
         {"CapacityProvider": "FARGATE_SPOT", "Weight": 3},
     ]
     found = amounts([line for line in lines(resources) if line.resource == "Service"])
-    assert found["tasks on Fargate (x86): vCPU"][0] == pytest.approx(0.5 * 730 * 0.04048)
-    assert found["tasks on Fargate Spot (x86): vCPU"][0] == pytest.approx(1.5 * 730 * 0.01334053)
+    assert found["vCPU of tasks: Fargate (x86)"][0] == pytest.approx(0.5 * 730 * 0.04048)
+    assert found["vCPU of tasks: Fargate Spot (x86)"][0] == pytest.approx(1.5 * 730 * 0.01334053)
 
 
 def test_a_blue_green_release_runs_two_fleets_while_it_bakes():
@@ -290,7 +290,7 @@ def test_tiers_are_of_the_account_and_not_of_each_resource():
 
 def size_of(node, **more):
     found = one("AWS::EC2::Instance", {"InstanceType": node}, **more)
-    return found[0].item.removeprefix("instances ").removesuffix(", Linux") if found[0].amount else found[0].note
+    return found[0].item.removeprefix("instances: ").removesuffix(", Linux") if found[0].amount else found[0].note
 
 
 def test_intrinsic_functions_are_resolved():

@@ -46,6 +46,7 @@ def endpoint_config(meter: Meter, index: Index) -> None:
                     meter.monthly(f"{label}: volumes", "sagemaker.hosting.storage.gp2", volumes, of=variant)
             except NotStatic as fault:
                 meter.unknown(label, str(fault))
+    meter.serves(lambda u: requests(u["requests_per_second"], meter.hours), "requests_per_second")
     meter.used(
         "data in and out of the models", "sagemaker.hosting.data_processed",
         lambda u: requests(u["requests_per_second"], meter.hours) * (u["request_kb"] + u["response_kb"]) / KB_PER_GB,
@@ -148,6 +149,7 @@ def ecs_service(meter: Meter, index: Index) -> None:
     cpu, memory = shape.number("Cpu") / 1024, shape.number("Memory") / MB_PER_GB
     storage = shape.view("EphemeralStorage").number("SizeInGiB", 20)
     target = index.scaler(meter.resource, "ecs:service:DesiredCount")
+    meter.serves(lambda u: requests(u["requests_per_second"], meter.hours), "requests_per_second")
     tasks, note = capacity(meter, service.number("DesiredCount", 1), target, shape)
     shape.reads.update(service.reads)
     for provider, share in shares.items():
@@ -155,13 +157,18 @@ def ecs_service(meter: Meter, index: Index) -> None:
             meter.unknown("tasks", "a capacity provider that is neither FARGATE nor FARGATE_SPOT")
             continue
         kind = "fargate_spot" if provider == "FARGATE_SPOT" else "fargate"
-        label = f"tasks on Fargate{' Spot' if kind == 'fargate_spot' else ''} ({chip})"
+        label = f"Fargate{' Spot' if kind == 'fargate_spot' else ''} ({chip})"
         count = tuple(share * one for one in tasks)
-        meter.hourly(f"{label}: vCPU", f"{kind}.linux.{chip}.vcpu", _each(count, cpu), of=shape, note=note)
-        meter.hourly(f"{label}: memory", f"{kind}.linux.{chip}.memory", _each(count, memory), of=shape, note=note)
+        meter.hourly(f"vCPU of tasks: {label}", f"{kind}.linux.{chip}.vcpu", _each(count, cpu), of=shape, note=note)
+        meter.hourly(
+            f"memory of tasks: {label}", f"{kind}.linux.{chip}.memory", _each(count, memory), of=shape, note=note
+        )
         if storage > 20:
             meter.hourly(
-                f"{label}: storage over 20 GB", "fargate.ephemeral_storage", _each(count, storage - 20), of=shape
+                f"storage of tasks over 20 GB: {label}",
+                "fargate.ephemeral_storage",
+                _each(count, storage - 20),
+                of=shape,
             )
     _deploying(meter, service, tasks, {"vcpu": cpu, "memory": memory}, shares, chip)
     return None
@@ -238,7 +245,7 @@ def instance(meter: Meter, index: Index, count: Three | None = None, node: View 
         raise NotStatic(f"tenancy {tenancy}")
     size = view.text("InstanceType")
     number = count or three(Decimal(1))
-    meter.hourly(f"instances {size}, Linux", f"ec2.ondemand.linux.{size}", number, of=view)
+    meter.hourly(f"instances: {size}, Linux", f"ec2.ondemand.linux.{size}", number, of=view)
     for block in view.items("BlockDeviceMappings"):
         volume = block.view("Ebs")
         if volume.get("VolumeSize") is not None:
@@ -276,9 +283,9 @@ def volume(meter: Meter, index: Index) -> None:
 
 def _volume(meter: Meter, view: View, size: str, kind: str, count: Three, *, default: str) -> None:
     name, gigabytes = view.text(kind, default), view.number(size)
-    meter.monthly(f"volume {name}: storage", f"ebs.{name}.storage", _each(count, gigabytes), of=view)
+    meter.monthly(f"volume storage: {name}", f"ebs.{name}.storage", _each(count, gigabytes), of=view)
     if name in ("io1", "io2"):
-        meter.monthly(f"volume {name}: IOPS", f"ebs.{name}.iops", _each(count, view.number("Iops")), of=view)
+        meter.monthly(f"volume IOPS: {name}", f"ebs.{name}.iops", _each(count, view.number("Iops")), of=view)
     if name == "gp3":
         iops, rate = view.number("Iops", 3000) - 3000, view.number("Throughput", 125) - 125
         if iops > 0:

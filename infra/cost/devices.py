@@ -19,6 +19,8 @@ def deployment(meter: Meter, index: Index) -> None:
     if first is not meter.resource:
         return meter.free(f"its devices are counted with {first.id}")
     minutes = meter.hours * 60
+    daily = "predictions_per_device_per_day"
+    meter.serves(lambda u: u["devices"] * u[daily] * meter.hours / 24, "devices", daily)
     meter.used(
         "active core devices", "greengrass.active_core_device", lambda u: u["devices"] * meter.hours / 730, "devices"
     )

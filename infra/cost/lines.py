@@ -145,12 +145,20 @@ class Meter:
         self.region = resource.scope.stack.region
         self.hours = usage.hours
         self.lines: list[Line] = []
+        self.served: Three | None = None
         self.properties = View(resource.properties)
 
     def ask(self, key: str) -> tuple[tuple[Any, Any, Any], str] | None:
         """Return a usage key's three values and where they are from."""
         assert key in KEYS, key
         return self.usage.find(self.resource.names, key)
+
+    def serves(self, count: Callable[[Mapping[str, Any]], Decimal], *keys: str) -> None:
+        """Note how many predictions the resource makes in the month, where the keys that tell it are given."""
+        found = {key: self.ask(key) for key in keys}
+        if all(found.values()):
+            low, expected, high = (count({k: v[0][s] for k, v in found.items() if v}) for s in range(3))
+            self.served = low, expected, high
 
     def hourly(self, item: str, sku: str, count: Decimal | Three, *, of: View | None = None, **more: Any) -> None:
         """Add what is paid by the hour, for `count` of it that run all the month."""

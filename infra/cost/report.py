@@ -50,6 +50,8 @@ class Report:
     usage: str
     hours: Decimal
     free_tier: bool
+    served: tuple[tuple[str, Three], ...] = ()
+    """Predictions a month by stack, where usage tells them."""
     schema: Literal["shipyard.cost/1"] = "shipyard.cost/1"
 
     def total(self, keep: Callable[[Line], bool] = lambda line: True, *, release: bool = False) -> dict[str, Three]:
@@ -64,6 +66,19 @@ class Report:
                 groups[key(line)].append(line)
         sums = {name: total(lines) for name, lines in groups.items()}
         return dict(sorted(sums.items(), key=lambda pair: (-max((t[1] for t in pair[1].values()), default=0), pair[0])))
+
+    def million(self) -> dict[str, dict[str, Three]]:
+        """Return what a million predictions cost by stack and currency; the low cost is that of the low load."""
+        sums, found = self.by(lambda line: line.stack), {}
+        for stack, count in self.served:
+            if all(count):
+                found[stack] = {
+                    currency: (
+                        amount[0] / count[0] * 1_000_000, amount[1] / count[1] * 1_000_000, amount[2] / count[2] * 1_000_000
+                    )
+                    for currency, amount in sums.get(stack, {}).items()
+                }  # fmt: skip
+        return found
 
     @property
     def resources(self) -> dict[str, int]:
@@ -102,6 +117,7 @@ def price(stacks: Sequence[Stack], book: Book, usage: Usage, source: str = "") -
     part. The lines come in the order of stacks and paths, whatever the order in the templates.
     """
     exports, resources, lines = Exports(), {}, []
+    served: dict[str, Three] = {}
     for stack in stacks:
         Scope(stack, exports)
     for scope in exports.scopes:
@@ -110,18 +126,16 @@ def price(stacks: Sequence[Stack], book: Book, usage: Usage, source: str = "") -
             resources[scope.stack.name, resource.id] = resource
     index = Index(resources)
     for resource in resources.values():
-        lines += _lines(resource, index, book, usage)
+        meter = Meter(resource, book, usage)
+        _meter(meter, index)
+        lines += meter.lines
+        if meter.served:
+            name = resource.scope.stack.name
+            served[name] = add(served.get(name, NOTHING), meter.served)
     place = {scope.stack.name: k for k, scope in enumerate(exports.scopes)}
     lines.sort(key=lambda line: (place[line.stack], line.path, line.resource))
-    return Report(tuple(_settle(lines, usage)), source, usage.source, usage.hours, usage.free_tier)
-
-
-def names(stacks: Sequence[Stack]) -> list[tuple[str, ...]]:
-    """Return what a usage file may call each resource."""
-    exports = Exports()
-    for stack in stacks:
-        Scope(stack, exports)
-    return [_resource(scope, str(name), raw).names for scope in exports.scopes for name, raw in scope.resources.items()]
+    settled = tuple(_settle(lines, usage))
+    return Report(settled, source, usage.source, usage.hours, usage.free_tier, tuple(sorted(served.items())))
 
 
 def _resource(scope: Scope, name: str, raw: object) -> Resource:
@@ -134,8 +148,8 @@ def _resource(scope: Scope, name: str, raw: object) -> Resource:
     )
 
 
-def _lines(resource: Resource, index: Index, book: Book, usage: Usage) -> list[Line]:
-    meter = Meter(resource, book, usage)
+def _meter(meter: Meter, index: Index) -> None:
+    resource = meter.resource
     condition = resource.raw.get("Condition")
     made = resource.scope.condition(condition) if isinstance(condition, str) else True
     pricer, free = PRICED.get(resource.type), reason(resource.type)
@@ -154,7 +168,6 @@ def _lines(resource: Resource, index: Index, book: Book, usage: Usage) -> list[L
             pricer(meter, index)
         except NotStatic as fault:
             meter.unknown("the rest" if meter.lines else "all of it", str(fault))
-    return meter.lines
 
 
 def _settle(lines: Sequence[Line], usage: Usage) -> list[Line]:

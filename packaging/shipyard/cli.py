@@ -59,7 +59,12 @@ HELP = {
     "upload": "send the artifacts of a published release from build/store to a bucket",
     "synth": "synthesize the stacks with the pinned CDK CLI",
     "show": "verify a release file and print its table",
+    "cost": "price the synthesized templates: report, difference, guardrails (shipyard cost --help)",
+    "prices": "bring the price book up to date from the AWS Price List API (shipyard prices --help)",
 }
+
+REVIEW = ("cost", "prices")
+"""Verbs of infra.cost.command. It is found by its name: shipyard and infra never import each other."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -107,15 +112,18 @@ def parser() -> argparse.ArgumentParser:
     showing = add("show", more=" Trusts the keys in the folder keys/ beside the file.")
     showing.add_argument("release", type=Path, help="path of a release file")
     showing.add_argument("--markdown", action="store_true", help="print the table in Markdown")
+    for verb in REVIEW:  # parsed where they are run
+        verbs.add_parser(verb, help=HELP[verb], add_help=False)
     return top
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    chosen = parser().parse_args(arguments)
-    reporter = Reporter()
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        return _run(chosen, reporter)
+        if given and given[0] in REVIEW:
+            return int(importlib.import_module("infra.cost.command").main(given))
+        return _run(parser().parse_args(given), Reporter())
     except ShipyardError as fault:
         print(f"error: {fault}", file=sys.stderr)
         return 1

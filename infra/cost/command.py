@@ -1,0 +1,230 @@
+"""The verbs `shipyard cost` and `shipyard prices`; the command line finds this module by its name."""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from infra.cost.assembly import Stack, read_stacks
+from infra.cost.difference import Difference, difference
+from infra.cost.document import json_schema, read_document, write_document
+from infra.cost.guardrails import crossed, over_caps
+from infra.cost.page import difference_page, report_page
+from infra.cost.prices import Book, load_book
+from infra.cost.report import Report, price
+from infra.cost.tables import difference_lines, difference_markdown, print_report, report_markdown
+from infra.cost.usage import Usage, load_usage
+from models.config import Guardrails, load_fleet
+from models.release import ShipyardError
+
+CROSSED = 3
+"""The exit code where a guardrail is crossed."""
+
+ABOUT = """\
+Prices synthesized templates offline: `make synth`, then `shipyard cost`. Every resource is priced, free with a reason, or
+unknown. docs/cost.md tells the usage file, the price book and the JSON.
+"""
+
+EXAMPLES = """\
+examples:
+  shipyard cost --env prod --usage usage.toml --html cost.html
+  shipyard cost diff old/cdk.out cdk.out --markdown
+  shipyard cost compare --env prod --submodel recommend --html places.html
+  shipyard cost schema                  the JSON schema of --json
+
+exit codes: 0 done; 1 an error, told in one line; 2 wrong usage; 3 a guardrail of fleet.toml is crossed
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `cost ...` or `prices ...`; return the exit code.
+
+    Raises:
+        ShipyardError: something that the user named is not what it should be.
+    """
+    verb, *rest = arguments
+    if verb == "prices":
+        return _prices(_prices_grammar().parse_args(rest))
+    if rest[:1] == ["schema"]:
+        print(json.dumps(json_schema(), indent=1, ensure_ascii=False))
+        return 0
+    if rest[:1] == ["diff"]:
+        return _diff(_grammar("diff").parse_args(rest[1:]))
+    if rest[:1] == ["compare"]:
+        return _compare(_compare_grammar().parse_args(rest[1:]))
+    return _cost(_grammar("cost").parse_args(rest))
+
+
+def _grammar(verb: str) -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="shipyard cost" + (" diff" if verb == "diff" else ""), description=ABOUT, epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    if verb == "diff":
+        for name in ("old", "new"):
+            top.add_argument(name, type=Path, help="cdk.out, a template, or a report that --save wrote")
+    else:
+        top.add_argument("templates", type=Path, nargs="?", default=Path("cdk.out"), help="cdk.out or a template")
+        top.add_argument("--all", action="store_true", help="the free resources too, and what each line rests on")
+        top.add_argument("--save", type=Path, metavar="FILE", help="also write the JSON there")
+    top.add_argument("--env", default="", help="environments, with commas between (default: all)")
+    top.add_argument("--usage", type=Path, metavar="FILE", help="usage file (docs/cost.md)")
+    top.add_argument("--prices", type=Path, metavar="FILE", help="price book (default: the project's own)")
+    top.add_argument("--region", default="us-east-1", help="of templates that name none (default: us-east-1)")
+    top.add_argument(
+        "--parameter", action="append", default=[], metavar="NAME=VALUE", help="of templates; may be repeated"
+    )
+    top.add_argument(
+        "--fleet", type=Path, default=Path("fleet.toml"), help="where guardrails are (default: ./fleet.toml)"
+    )
+    form = top.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--markdown", action="store_true", help="print Markdown for a pull request")
+    top.add_argument("--html", type=Path, metavar="FILE", help="also write a page that needs nothing beside itself")
+    return top
+
+
+def _cost(chosen: argparse.Namespace) -> int:
+    book, usage = load_book(chosen.prices), load_usage(chosen.usage) if chosen.usage else Usage()
+    report = price(_stacks(chosen.templates, chosen), book, usage, str(chosen.templates))
+    _check(usage, report)
+    if chosen.json:
+        print(write_document(report), end="")
+    elif chosen.markdown:
+        print(report_markdown(report))
+    else:
+        print_report(report, every=chosen.all, console=_console())
+    _write(chosen.save, write_document(report) if chosen.save else "")
+    _write(chosen.html, report_page(report) if chosen.html else "")
+    return _verdict(over_caps(report, _rails(chosen.fleet)))
+
+
+def _diff(chosen: argparse.Namespace) -> int:
+    book, usage = load_book(chosen.prices), load_usage(chosen.usage) if chosen.usage else Usage()
+    old, new = (_either(path, chosen, book, usage) for path in (chosen.old, chosen.new))
+    _check(usage, old, new)
+    change = difference(old, new)
+    if chosen.json:
+        print(_difference_json(change))
+    elif chosen.markdown:
+        print(difference_markdown(change))
+    else:
+        for text in difference_lines(change):
+            _console().print(text, markup=False, highlight=False, soft_wrap=True)
+    _write(chosen.html, difference_page(change) if chosen.html else "")
+    return _verdict(crossed(change, _rails(chosen.fleet)))
+
+
+def _difference_json(change: Difference) -> str:
+    def texts(sums: Mapping[str, tuple[object, ...]]) -> dict[str, list[str]]:
+        return {currency: [str(part) for part in three] for currency, three in sums.items()}
+
+    changes = [
+        {
+            "sign": one.sign, "stack": one.line.stack, "resource": one.line.resource, "path": one.line.path,
+            "type": one.line.type, "item": one.line.item, "status": one.line.status, "currency": one.line.currency,
+            **{
+                name: None if three is None else [str(part) for part in three]
+                for name, three in (("before", one.before), ("after", one.after), ("delta", one.delta))
+            },
+            "unknown": one.unknown, "why": list(one.why),
+        }
+        for one in change.changes
+    ]  # fmt: skip
+    return json.dumps(
+        {"schema": "shipyard.cost.difference/1", "total": texts(change.total()),
+         "release": texts(change.total(release=True)),
+         "by_environment": {name: texts(sums) for name, sums in change.by_environment().items()}, "changes": changes},
+        indent=1, ensure_ascii=False,
+    )  # fmt: skip
+
+
+def _either(path: Path, chosen: argparse.Namespace, book: Book, usage: Usage) -> Report:
+    """Read a saved report, or price templates."""
+    if path.is_file() and '"shipyard.cost/1"' in path.read_text(encoding="utf-8", errors="replace")[:200]:
+        return read_document(path)
+    return price(_stacks(path, chosen), book, usage, str(path))
+
+
+def _stacks(path: Path, chosen: argparse.Namespace) -> list[Stack]:
+    if not path.exists():
+        raise ShipyardError(f"{path}: nothing is there", mend="make synth, or name templates")
+    pairs = [text.partition("=") for text in chosen.parameter]
+    if wrong := [name for name, equals, _ in pairs if not (name and equals)]:
+        raise ShipyardError("--parameter: not NAME=VALUE", value=wrong[0])
+    stacks = read_stacks(path, region=chosen.region, parameters={name: value for name, _, value in pairs})
+    wanted = [name for name in chosen.env.split(",") if name]
+    known = {stack.name.partition("/")[0] for stack in stacks}
+    for name in wanted:
+        if name not in known:
+            raise ShipyardError("--env: no such environment", value=name, allowed=", ".join(sorted(known)))
+    return [stack for stack in stacks if not wanted or stack.name.partition("/")[0] in wanted]
+
+
+def _check(usage: Usage, *reports: Report) -> None:
+    lines = [line for report in reports for line in report.lines]
+    usage.check({(line.type, line.resource, line.path, f"{line.stack}/{line.resource}") for line in lines})
+
+
+def _rails(fleet: Path) -> dict[str, Guardrails]:
+    """Return each environment's guardrails; none without a fleet.toml, for other people's templates have none."""
+    return {name: env.cost for name, env in load_fleet(fleet).env.items()} if fleet.is_file() else {}
+
+
+def _verdict(faults: Sequence[str]) -> int:
+    for fault in faults:
+        print(f"guardrail: {fault}", file=sys.stderr)
+    return CROSSED if faults else 0
+
+
+def _console() -> Console:
+    """Return the terminal; a pipe gets lines that are not cut."""
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(highlight=False, width=200)
+
+
+def _write(path: Path | None, text: str) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+def _prices_grammar() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="shipyard prices", description=(
+        "Reads the AWS Price List API with your credentials and brings the rows of the price book up to date. A change "
+        "of more than 10 % is held back and listed until --confirm; the book is replaced whole, or not at all."
+    ))  # fmt: skip
+    top.add_argument("what", choices=["refresh"])
+    top.add_argument(
+        "--book", type=Path, required=True, metavar="FILE", help="price book, as infra/cost/prices/aws.csv"
+    )
+    top.add_argument(
+        "--region", action="append", default=[], help="regions to read (default: those of the book's rows)"
+    )
+    top.add_argument("--confirm", action="store_true", help="take changes of more than 10 %% too")
+    top.add_argument("--dry-run", action="store_true", help="print what would change")
+    return top
+
+
+def _prices(chosen: argparse.Namespace) -> int:
+    from infra.cost import refresh
+
+    book = load_book(chosen.book)
+    regions = chosen.region or sorted({price.region for price in book.flat()} - {"global"})
+    outcome = refresh.refresh(book, regions, refresh.client)
+    for text in outcome.told(confirmed=chosen.confirm):
+        print(text)
+    if not chosen.dry_run:
+        refresh.replace_book(chosen.book, outcome.book(confirmed=chosen.confirm))
+    return 0
+
+
+def _compare_grammar() -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog="shipyard cost compare")
+
+
+def _compare(chosen: argparse.Namespace) -> int:
+    return 0
