@@ -1,6 +1,7 @@
 """The verbs `shipyard cost` and `shipyard prices`; the command line finds this module by its name."""
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -210,8 +211,7 @@ def _prices_grammar() -> argparse.ArgumentParser:
 
 
 def _prices(chosen: argparse.Namespace) -> int:
-    from infra.cost import refresh
-
+    refresh = importlib.import_module("infra.cost.refresh")  # it alone needs boto3
     book = load_book(chosen.book)
     regions = chosen.region or sorted({price.region for price in book.flat()} - {"global"})
     outcome = refresh.refresh(book, regions, refresh.client)

@@ -59,11 +59,12 @@ HELP = {
     "upload": "send the artifacts of a published release from build/store to a bucket",
     "synth": "synthesize the stacks with the pinned CDK CLI",
     "show": "verify a release file and print its table",
-    "cost": "price the synthesized templates: report, difference, guardrails (shipyard cost --help)",
-    "prices": "bring the price book up to date from the AWS Price List API (shipyard prices --help)",
 }
 
-REVIEW = ("cost", "prices")
+REVIEW = {
+    "cost": "price the synthesized templates: report, diff, compare, guardrails (shipyard cost --help)",
+    "prices": "bring the price book up to date from the AWS Price List API (shipyard prices --help)",
+}
 """Verbs of infra.cost.command. It is found by its name: shipyard and infra never import each other."""
 
 
@@ -112,8 +113,8 @@ def parser() -> argparse.ArgumentParser:
     showing = add("show", more=" Trusts the keys in the folder keys/ beside the file.")
     showing.add_argument("release", type=Path, help="path of a release file")
     showing.add_argument("--markdown", action="store_true", help="print the table in Markdown")
-    for verb in REVIEW:  # parsed where they are run
-        verbs.add_parser(verb, help=HELP[verb], add_help=False)
+    for verb, text in REVIEW.items():  # parsed where they are run
+        verbs.add_parser(verb, help=text, add_help=False)
     return top
 
 
