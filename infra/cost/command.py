@@ -5,21 +5,24 @@ import importlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 from rich.console import Console
 
 from infra.cost.assembly import Stack, read_stacks
+from infra.cost.comparison import comparison_json, comparison_markdown, comparison_page
 from infra.cost.difference import Difference, difference
 from infra.cost.document import json_schema, read_document, write_document
 from infra.cost.guardrails import crossed, over_caps
 from infra.cost.page import difference_page, report_page
+from infra.cost.places import Load, Throughput, load_throughput, places
 from infra.cost.prices import Book, load_book
 from infra.cost.report import Report, price
 from infra.cost.tables import difference_lines, difference_markdown, print_report, report_markdown
 from infra.cost.usage import Usage, load_usage
 from models.config import Guardrails, load_fleet
-from models.release import ShipyardError
+from models.release import ShipyardError, load_keys, read_release
 
 CROSSED = 3
 """The exit code where a guardrail is crossed."""
@@ -223,8 +226,57 @@ def _prices(chosen: argparse.Namespace) -> int:
 
 
 def _compare_grammar() -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(prog="shipyard cost compare")
+    top = argparse.ArgumentParser(prog="shipyard cost compare", description=(
+        "Puts the same load on the GPU endpoint, on the private cluster and on devices, network included: cost a month and "
+        "cost a million predictions against requests a second, with the crossing points."
+    ))  # fmt: skip
+    top.add_argument("--env", help="environment of fleet.toml that sizes the places (default: the first)")
+    top.add_argument("--submodel", help="whose bundles are compared (default: the first of the release)")
+    top.add_argument("--release", type=Path, help="release file (default: the environment's)")
+    top.add_argument(
+        "--throughput", type=Path, metavar="FILE", help="measured throughput (default: the release's latency)"
+    )
+    for name, told in (("request-kb", "size of a request, KB"), ("response-kb", "size of a response, KB"),
+                       ("device-cost", "what a device costs a month besides the cloud")):  # fmt: skip
+        top.add_argument(f"--{name}", type=_quantity, default=getattr(Load, name.replace("-", "_")), metavar="N",
+                         help=f"{told} (default: %(default)s)")  # fmt: skip
+    top.add_argument("--devices", type=int, default=Load.devices, metavar="N", help="devices at least (default: 1)")
+    top.add_argument("--prices", type=Path, metavar="FILE", help="price book (default: the project's own)")
+    top.add_argument("--fleet", type=Path, default=Path("fleet.toml"), help="configuration (default: ./fleet.toml)")
+    form = top.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--markdown", action="store_true", help="print Markdown (as without it)")
+    top.add_argument("--html", type=Path, metavar="FILE", help="also write a page with the curves")
+    return top
 
 
 def _compare(chosen: argparse.Namespace) -> int:
+    fleet = load_fleet(chosen.fleet)
+    name = chosen.env or next(iter(fleet.env))
+    if name not in fleet.env:
+        raise ShipyardError("--env: no such environment", value=name, allowed=", ".join(fleet.env))
+    env = fleet.env[name]
+    path = chosen.release or chosen.fleet.resolve().parent / "releases" / f"{env.release}.json"
+    if not path.is_file():
+        raise ShipyardError(f"{path}: no such release file", mend="name one: --release FILE")
+    release = read_release(path, load_keys(path.parent / "keys"))
+    load = Load(chosen.request_kb, chosen.response_kb, chosen.devices, chosen.device_cost)
+    measured = load_throughput(chosen.throughput) if chosen.throughput else Throughput()
+    submodel = chosen.submodel or next(iter(release.submodels))
+    book = load_book(chosen.prices)
+    found = places(book, env, load, release=release, submodel=submodel, measured=measured)
+    currency = "CNY" if env.region.startswith("cn-") else "USD"
+    print((comparison_json if chosen.json else comparison_markdown)(found, currency))
+    title = f"Where {submodel} costs least, sized as {name}"
+    _write(chosen.html, comparison_page(found, currency, title) if chosen.html else "")
     return 0
+
+
+def _quantity(text: str) -> Decimal:
+    try:
+        found = Decimal(text)
+    except InvalidOperation:
+        found = Decimal("NaN")
+    if not found.is_finite() or found < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a quantity of 0 or more")
+    return found
