@@ -190,18 +190,18 @@ class Guardrails(Settings):
 
 
 class Environment(Settings):
-    """Describe one environment: where it lies, which release it runs, how large each target is, what it may cost."""
+    """Describe one environment: where it lies, which release it runs and how large each target is."""
 
     account: Annotated[str, Field(pattern=r"^\d{12}$", description="12 digits")]
     region: Annotated[str, Field(pattern=r"^[a-z]{2}(-[a-z]+)+-\d$", description="a region, as us-east-1")]
     # an application load balancer wants two
     zones: Annotated[tuple[str, ...], Field(min_length=2)]
     cidr: Annotated[str, Field(pattern=r"^10\.\d{1,3}\.0\.0/16$", description="10.0.0.0/16 to 10.255.0.0/16")]
+    cost: Guardrails = Guardrails()
     release: str
     gpu: GpuSettings
     cpu: CpuSettings
     edge: EdgeSettings
-    cost: Guardrails = Guardrails()
 
 
 class Fleet(Settings):

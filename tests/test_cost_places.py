@@ -86,7 +86,7 @@ def test_the_gpu_is_worth_its_price_from_the_crossing_on(release):
 
 def test_a_gpu_that_takes_little_is_never_worth_its_price(release):
     assert verdict(compare(release, throughput=measured(gpu=200))).startswith(
-        "The GPU is not worth its price: up to 10000"
+        "The GPU is not worth its price: up to 10,000"
     )
 
 

@@ -44,7 +44,7 @@ def rows(found: Sequence[Place], currency: str) -> list[tuple[str, ...]]:
 def grounds(found: Sequence[Place]) -> list[str]:
     """Return what a unit of each place takes, and how that is known."""
     return [
-        f"{place.name}: one {place.unit} takes {place.unit_rate:.4g} requests a second ({place.grounds}); "
+        f"{place.name}: one {place.unit} takes {_count(place.unit_rate)} requests a second ({place.grounds}); "
         f"at least {place.least}, each given 60 % of that"
         for place in found
     ]
@@ -132,6 +132,10 @@ def comparison_page(found: Sequence[Place], currency: str, title: str) -> str:
         [f'<div class="grid">{"".join(figures)}</div>', table("", names, rows(found, currency), range(len(names))),
          f"<ul>{told}</ul>"],
     )  # fmt: skip
+
+
+def _count(rate: Decimal) -> str:
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
 def _escaped(text: str) -> str:

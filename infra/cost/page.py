@@ -33,7 +33,7 @@ figcaption{font-size:.85rem;color:var(--muted);line-height:1.4;margin-top:.4rem;
 .table{overflow-x:auto;margin:0 0 1rem}table{border-collapse:collapse;font-size:.85rem;line-height:1.35;
 font-variant-numeric:tabular-nums;min-width:100%}caption{text-align:left;color:var(--muted);padding:.3rem 0}
 th,td{text-align:left;vertical-align:top;padding:.35rem .75rem .35rem 0;border-bottom:1px solid var(--rule)}
-thead th{color:var(--muted);font-weight:400;vertical-align:bottom}tbody th{font-weight:400}
+thead th{color:var(--muted);font-weight:400;vertical-align:bottom;white-space:normal!important}tbody th{font-weight:400}
 td{min-width:5.5rem}.n{text-align:right;white-space:nowrap;min-width:0}.w{min-width:11rem;overflow-wrap:anywhere}.unknown{color:var(--two)}
 details summary{cursor:pointer;margin:.75rem 0}pre{overflow-x:auto;font-size:.85rem;line-height:1.4}
 @media print{:root{color-scheme:light;--paper:#fff;--ink:#000;--muted:#444;--rule:#ccc}body{font-size:10pt}

@@ -169,7 +169,7 @@ def places(
             rate, told = core * ASSUMED_SPEEDUP, f"assumed, not measured: {ASSUMED_SPEEDUP} times one core; {told}"
         else:
             rate = core * cores
-            told += f", times {cores.normalize():f} cores"
+            told += "" if cores == 1 else f", times {cores.normalize():f} cores"
             told += (
                 ", ARM taken as equal"
                 if target == "cpu"
@@ -217,7 +217,7 @@ def verdict(found: Sequence[Place]) -> str:
     if not worth:
         most = rates()[-1]
         return (
-            f"The GPU is not worth its price: up to {most:g} requests a second the private cluster costs less.{doubt}"
+            f"The GPU is not worth its price: up to {most:,.0f} requests a second the private cluster costs less.{doubt}"
         )
     always = [rate for rate in rates() if rate >= worth[0]] == worth
     span = "on" if always else f"to {worth[-1]:.3g}, with gaps between"

@@ -59,7 +59,7 @@ def curves(label: str, series: Sequence[Curve], *, x: str, y: str, marks: Sequen
     ys = [point[1] for curve in series for point in curve.points if min(point) > 0]
     if not xs:
         return ""
-    left, top, right, bottom = 58, 10, WIDTH - 14, 250
+    left, top, right, bottom = 58, 10, WIDTH - 26, 250
     x_low, x_high = math.floor(math.log10(min(xs))), math.ceil(math.log10(max(xs)))
     y_low, y_high = math.floor(math.log10(min(ys))), math.ceil(math.log10(max(ys)))
 
