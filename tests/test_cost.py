@@ -161,6 +161,16 @@ def test_shadow_variants_volumes_and_capture_are_priced():
     assert found["captured data, kept in S3"][0] == pytest.approx(gigabytes / 2 * 0.023)
 
 
+def test_a_variant_of_pools_is_priced_at_its_first_choice():
+    pools = [{"InstanceType": "ml.g6.2xlarge", "Priority": 2}, {"InstanceType": "ml.g5.xlarge", "Priority": 1}]
+    [line, *_] = one(
+        "AWS::SageMaker::EndpointConfig",
+        {"ProductionVariants": [{"VariantName": "a", "InstancePools": pools, "InitialInstanceCount": 2}]},
+    )
+    assert float(line.amount[1]) == pytest.approx(2 * 1.4084 * 730)
+    assert "where it cannot be had, ml.g6.2xlarge at another price" in line.note
+
+
 def test_serverless_variants_follow_requests():
     serverless = {"VariantName": "a", "ServerlessConfig": {"MemorySizeInMB": 2048, "ProvisionedConcurrency": 1}}
     used = usage_of(requests_per_second=1, duration_ms=100, request_kb=0, response_kb=0)

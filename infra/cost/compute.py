@@ -36,9 +36,9 @@ def endpoint_config(meter: Meter, index: Index) -> None:
                 if variant.get("ServerlessConfig") is not None:
                     _serverless(meter, variant.view("ServerlessConfig"), label)
                     continue
-                size = variant.text("InstanceType")
+                size, fallback = _size(variant)
                 count, why = _instances(meter, index, variant, name, users[0] if users else None)
-                said = "; ".join(part for part in (note, why) if part)
+                said = "; ".join(part for part in (note, why, fallback) if part)
                 meter.hourly(f"{label}: {size}", f"sagemaker.hosting.{size}", count, of=variant, note=said)
                 if variant.get("VolumeSizeInGB") is not None:
                     size_gb = variant.number("VolumeSizeInGB")
@@ -61,6 +61,20 @@ def endpoint_config(meter: Meter, index: Index) -> None:
             / KB_PER_GB * (1 + u["months"]),
             "requests_per_second", "request_kb", "response_kb", "months", of=capture,
         )  # fmt: skip
+
+
+def _size(variant: View) -> tuple[str, str]:
+    """Return a variant's instance type, with a note on those that stand in for it; of pools the first choice."""
+    pools = variant.items("InstancePools")
+    if not pools:
+        size = variant.text("InstanceType")
+        if not size:
+            raise NotStatic("a variant without an instance type")
+        return size, ""
+    pools.sort(key=lambda pool: pool.number("Priority", 1))
+    first, *others = [pool.text("InstanceType") for pool in pools]
+    variant.reads["InstancePools"] = ", ".join([first, *others])
+    return first, f"the first choice; where it cannot be had, {', '.join(others)} at another price" if others else ""
 
 
 def _instances(meter: Meter, index: Index, variant: View, name: str, endpoint: Resource | None) -> tuple[Three, str]:
@@ -87,9 +101,9 @@ def endpoint(meter: Meter, index: Index) -> None:
     baking = _baking(policy) if policy.reads else Decimal(0)
     start = meter.ask("deployment_minutes")
     for variant in View(config.properties).items("ProductionVariants"):
-        if variant.get("InstanceType") is None:
+        if variant.get("ServerlessConfig") is not None:
             continue
-        size, count = variant.text("InstanceType"), variant.number("InitialInstanceCount", 1)
+        (size, _), count = _size(variant), variant.number("InitialInstanceCount", 1)
         variant.reads.update(policy.reads)
         item = f"second fleet while a release bakes: {size}"
         if baking and start is None:

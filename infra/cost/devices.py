@@ -45,7 +45,17 @@ def topic_rule(meter: Meter, index: Index) -> None:
     )  # fmt: skip
 
 
+def fleet_metric(meter: Meter, index: Index) -> None:
+    """Price a fleet metric: the metric that it writes; the queries of the fleet's index have no price in the book."""
+    meter.monthly("custom metric", "cw.metric.custom", Decimal(1))
+    period = meter.properties.number("Period", 60)
+    meter.unknown(
+        f"queries of the fleet's index, one each {period.normalize():f} s", "the price book has none for queries"
+    )
+
+
 PRICED: dict[str, Pricer] = {
     "AWS::GreengrassV2::Deployment": deployment,
     "AWS::IoT::TopicRule": topic_rule,
+    "AWS::IoT::FleetMetric": fleet_metric,
 }

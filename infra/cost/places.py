@@ -216,9 +216,7 @@ def verdict(found: Sequence[Place]) -> str:
     doubt = " Its throughput is assumed: measure it before you decide." if gpu.assumed else ""
     if not worth:
         most = rates()[-1]
-        return (
-            f"The GPU is not worth its price: up to {most:,.0f} requests a second the private cluster costs less.{doubt}"
-        )
+        return f"The GPU is not worth its price: up to {most:,.0f} requests a second the private cluster costs less.{doubt}"
     always = [rate for rate in rates() if rate >= worth[0]] == worth
     span = "on" if always else f"to {worth[-1]:.3g}, with gaps between"
     if worth[0] == rates()[0]:
