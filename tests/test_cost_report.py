@@ -1,6 +1,7 @@
 """The report as its readers meet it: our own templates, differences, guardrails, JSON, Markdown, the page, exit codes."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import aws_cdk as cdk
 import pytest
+import yaml
 
 import app
 from infra.cost import difference as comparing
@@ -21,7 +23,7 @@ from infra.cost.page import report_page
 from infra.cost.prices import load_book
 from infra.cost.report import price
 from infra.cost.tables import coverage, difference_lines, difference_markdown, report_markdown
-from infra.cost.usage import Usage
+from infra.cost.usage import KEYS, Usage
 from models.config import Guardrails, load_fleet
 from shipyard.cli import main
 from tests.test_cost import everything, stack, usage_of, variant
@@ -315,3 +317,27 @@ def test_the_schema_is_printed(capsys):
 
 def test_a_line_that_only_moves_in_the_template_is_no_change():
     assert comparing.difference(report(everything()), report(dict(reversed(everything().items())))).changes == ()
+
+
+def test_the_usage_that_make_cost_prices_fits_our_templates(ours, tmp_path, capsys):
+    page = tmp_path / "report.html"
+    fleet = str(ROOT / "fleet.toml")
+    assert (
+        main(["cost", str(ours), "--usage", str(ROOT / "docs" / "usage.toml"), "--fleet", fleet, "--html", str(page)])
+        == 0
+    )
+    assert "nothing" not in capsys.readouterr().err
+    assert page.read_text().count("<svg") == 4
+
+
+def test_the_documents_tell_every_usage_key():
+    told = (ROOT / "docs" / "cost.md").read_text()
+    assert [key for key, meaning in KEYS.items() if f"| `{key}` | {meaning} |" not in told] == []
+
+
+def test_the_workflow_runs_the_report_and_the_difference():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "cost.yml").read_text())
+    commands = [step.get("run", "") for step in workflow["jobs"]["cost"]["steps"]]
+    assert "make synth cost" in commands
+    assert any(command.startswith(".ci/cost") for command in commands)
+    assert os.access(ROOT / ".ci" / "cost", os.X_OK)

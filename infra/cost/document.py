@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,7 +39,9 @@ class Document:
     lines: Annotated[tuple[Line, ...], Field(description="what each thing of each resource costs, and why")]
 
 
-_ADAPTER: TypeAdapter[Document] = TypeAdapter(Document)
+@cache
+def _adapter() -> TypeAdapter[Document]:
+    return TypeAdapter(Document)
 
 
 def write_document(report: Report) -> str:
@@ -59,7 +62,7 @@ def write_document(report: Report) -> str:
         served=report.served,
         lines=report.lines,
     )
-    return _ADAPTER.dump_json(found, indent=1).decode() + "\n"
+    return _adapter().dump_json(found, indent=1).decode() + "\n"
 
 
 def read_document(path: Path) -> Report:
@@ -69,7 +72,7 @@ def read_document(path: Path) -> Report:
         ShipyardError: the file is no report.
     """
     try:
-        found = _ADAPTER.validate_json(path.read_bytes())
+        found = _adapter().validate_json(path.read_bytes())
     except (OSError, ValidationError) as fault:
         told = fault.errors()[0]["msg"] if isinstance(fault, ValidationError) else fault
         raise ShipyardError(f"{path}: not a cost report: {told}", mend="shipyard cost --save FILE writes one") from None
@@ -78,4 +81,4 @@ def read_document(path: Path) -> Report:
 
 def json_schema() -> dict[str, Any]:
     """Return the JSON schema of the document."""
-    return _ADAPTER.json_schema(mode="serialization")
+    return _adapter().json_schema(mode="serialization")

@@ -44,7 +44,8 @@ def coverage(report: Report) -> str:
 
 def conditions(report: Report) -> str:
     """Return in a sentence on what the report rests."""
-    dates = sorted({price.date for line in report.lines for price in line.prices})
+    # of a span the end: until then the source said so
+    dates = sorted({price.date.rpartition("..")[2] for line in report.lines for price in line.prices})
     span = f"; prices as of {dates[0]} to {dates[-1]}" if dates else ""
     free = "free tiers taken off" if report.free_tier else "no free tiers"
     hours = f"{report.hours.normalize():f} hours"
