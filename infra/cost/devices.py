@@ -2,10 +2,9 @@
 
 from decimal import ROUND_CEILING, Decimal
 
-from infra.cost.compute import Pricer
 from infra.cost.lines import Meter
 from infra.cost.networking import begun
-from infra.cost.scaling import Index, property_of
+from infra.cost.scaling import Index, Pricer, property_of
 
 MESSAGE_KB = 5
 """AWS IoT Core counts a message for each 5 KB begun."""

@@ -162,11 +162,11 @@ class Meter:
 
     def hourly(self, item: str, sku: str, count: Decimal | Three, *, of: View | None = None, **more: Any) -> None:
         """Add what is paid by the hour, for `count` of it that run all the month."""
-        self._add(item, sku, _times(count, self.hours), "fixed", of=of, **more)
+        self._add(item, sku, each(count, self.hours), "fixed", of=of, **more)
 
     def monthly(self, item: str, sku: str, count: Decimal | Three, *, of: View | None = None, **more: Any) -> None:
         """Add what is paid by the month; of a part of a month it is a part."""
-        self._add(item, sku, _times(count, self.hours / HOURS), "fixed", of=of, **more)
+        self._add(item, sku, each(count, self.hours / HOURS), "fixed", of=of, **more)
 
     def used(
         self, item: str, sku: str, quantity: Callable[[Mapping[str, Any]], Decimal], *keys: str, of: View | None = None,
@@ -232,9 +232,10 @@ def three(count: Decimal | Three) -> Three:
     return count if isinstance(count, tuple) else (count, count, count)
 
 
-def _times(count: Decimal | Three, factor: Decimal) -> Three:
+def each(count: Decimal | Three, times: Decimal) -> Three:
+    """Return a count of units in each scenario, times what each of them has."""
     low, expected, high = three(count)
-    return low * factor, expected * factor, high * factor
+    return low * times, expected * times, high * times
 
 
 def _reads(view: View) -> tuple[str, ...]:

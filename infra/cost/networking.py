@@ -4,10 +4,9 @@ from collections.abc import Callable, Mapping
 from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
-from infra.cost.compute import KB_PER_GB, Pricer
 from infra.cost.lines import Meter, NotStatic
-from infra.cost.scaling import Index, property_of
-from infra.cost.usage import requests
+from infra.cost.scaling import Index, Pricer, property_of
+from infra.cost.usage import KB_PER_GB, requests
 
 KB_PER_GB_OF_UNITS = 1_000_000
 """KB of a GB as the worked examples of the Elastic Load Balancing pricing page count them: 300 KB a second, 1.08 GB."""

@@ -10,10 +10,9 @@ from typing import Annotated
 
 from pydantic import Field, ValidationError
 
-from infra.cost.compute import KB_PER_GB, MB_PER_GB
 from infra.cost.networking import begun, units_application
 from infra.cost.prices import Book, charge
-from infra.cost.usage import HOURS
+from infra.cost.usage import HOURS, KB_PER_GB, MB_PER_GB
 from models.config import Environment, Settings, explain
 from models.release import Release, ShipyardError
 

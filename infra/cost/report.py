@@ -6,17 +6,23 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Literal
 
-from infra.cost import compute, devices, networking, stored
+from infra.cost import compute, containers, devices, endpoints, networking, stored
 from infra.cost.assembly import Stack
-from infra.cost.compute import Pricer
 from infra.cost.free import reason
 from infra.cost.lines import Line, Meter, NotStatic, Resource
 from infra.cost.prices import Book, charge
 from infra.cost.resolve import Exports, Scope, Unknown
-from infra.cost.scaling import Index
+from infra.cost.scaling import Index, Pricer
 from infra.cost.usage import Three, Usage
 
-PRICED: dict[str, Pricer] = {**compute.PRICED, **networking.PRICED, **stored.PRICED, **devices.PRICED}
+PRICED: dict[str, Pricer] = {
+    **endpoints.PRICED,
+    **containers.PRICED,
+    **compute.PRICED,
+    **networking.PRICED,
+    **stored.PRICED,
+    **devices.PRICED,
+}
 
 NOTHING: Three = (Decimal(0), Decimal(0), Decimal(0))
 

@@ -1,7 +1,7 @@
 """How many instances or tasks run: what autoscaling targets, their schedules and the load make of a count."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Decimal
 from typing import Any
@@ -9,6 +9,9 @@ from typing import Any
 from infra.cost.lines import Meter, NotStatic, Resource, View
 from infra.cost.resolve import POINTER, Pointer
 from infra.cost.usage import Three
+
+Pricer = Callable[[Meter, "Index"], None]
+"""Writes the lines of a resource."""
 
 WEEK = 7 * 24
 _DAYS = {"SUN": 6, "MON": 0, "TUE": 1, "WED": 2, "THU": 3, "FRI": 4, "SAT": 5}

@@ -2,12 +2,11 @@
 
 from decimal import Decimal
 
-from infra.cost.compute import KB_PER_GB, Pricer
 from infra.cost.lines import Meter
 from infra.cost.networking import begun
 from infra.cost.resolve import Unknown
-from infra.cost.scaling import Index
-from infra.cost.usage import HOURS
+from infra.cost.scaling import Index, Pricer
+from infra.cost.usage import HOURS, KB_PER_GB
 
 ONE = Decimal(1)
 

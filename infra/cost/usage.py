@@ -15,6 +15,9 @@ from models.release import ShipyardError
 HOURS = Decimal(730)
 """Hours of a month: 365 days of 24 hours in twelve months."""
 
+KB_PER_GB = Decimal(1024 * 1024)
+MB_PER_GB = Decimal(1024)
+
 SCENARIOS = ("low", "expected", "high")
 
 Three = tuple[Decimal, Decimal, Decimal]
@@ -111,6 +114,11 @@ class Usage:
                         f"{where}: the pattern matches no resource", mend=_hint(pattern, every, "name one of them")
                     )
                 raise ShipyardError(f"{where}: no resource that it matches reads this key", mend="remove the key")
+
+
+def traffic_gb(u: Mapping[str, Any], hours: Decimal) -> Decimal:
+    """Return the GB of a month's requests and responses together."""
+    return requests(u["requests_per_second"], hours) * (u["request_kb"] + u["response_kb"]) / KB_PER_GB
 
 
 def requests(rate: Day, hours: Decimal) -> Decimal:
