@@ -1,13 +1,12 @@
 # The verbs of Shipyard. Each sets up what it needs.
 PYTHON ?= python3
 PROFILE ?= quick
-USAGE ?= docs/usage.toml
 BIN := .venv/bin
 SHIPYARD := $(BIN)/shipyard
 export JSII_SILENCE_WARNING_END_OF_LIFE_NODE_VERSION ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help setup release report compare synth cost test lint clean
+.PHONY: help setup release report compare synth test lint clean
 
 help: ## list the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,9 +35,6 @@ compare: setup ## LoRA, AdaLoRA and full fine-tuning side by side on validation 
 synth: setup ## synthesize every environment of fleet.toml into cdk.out/
 	$(SHIPYARD) synth
 
-cost: setup ## what cdk.out costs: table, build/cost/report.html and .json (USAGE=docs/usage.toml)
-	$(SHIPYARD) cost cdk.out --usage $(USAGE) --html build/cost/report.html --save build/cost/report.json
-
 test: setup lint ## all tests, on a small profile of the real data
 	$(BIN)/python -m pytest
 
@@ -49,3 +45,8 @@ lint: setup ## ruff and mypy
 
 clean: ## remove everything that was built, the environments too
 	rm -rf build cdk.out .venv node_modules
+
+.PHONY: cost
+USAGE ?= docs/usage.toml
+cost: setup ## what cdk.out costs: table, build/cost/report.html and .json (USAGE=docs/usage.toml)
+	$(SHIPYARD) cost cdk.out --usage $(USAGE) --html build/cost/report.html --save build/cost/report.json

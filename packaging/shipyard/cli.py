@@ -99,6 +99,8 @@ def parser() -> argparse.ArgumentParser:
     add("report", sizes, more=" Runs the stages before it as far as they are not done.")
     comparing = add("compare", sizes, more=" Each method is a stage in a process of its own.")
     comparing.add_argument("--methods", default="lora,adalora,full", help="with commas between (default: all three)")
+    for verb, text in REVIEW.items():  # parsed where they are run
+        verbs.add_parser(verb, help=text, add_help=False)
     publishing = add("publish")
     publishing.add_argument("version", help="version of a release in build/releases/, e.g. 0.1.0-g0123456789ab")
     sending = add("upload", more=" What is there already is not sent again.")
@@ -113,8 +115,6 @@ def parser() -> argparse.ArgumentParser:
     showing = add("show", more=" Trusts the keys in the folder keys/ beside the file.")
     showing.add_argument("release", type=Path, help="path of a release file")
     showing.add_argument("--markdown", action="store_true", help="print the table in Markdown")
-    for verb, text in REVIEW.items():  # parsed where they are run
-        verbs.add_parser(verb, help=text, add_help=False)
     return top
 
 
