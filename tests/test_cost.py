@@ -529,6 +529,22 @@ def test_no_resource_crashes_it(resources):
     assert {line.resource for line in lines(resources)} == set(resources)
 
 
+@pytest.mark.parametrize(
+    ("kind", "properties"),
+    [
+        ("AWS::EC2::VPCEndpoint", {"VpcEndpointType": "Interface"}),
+        ("AWS::EC2::VPCEndpoint", {"VpcEndpointType": "Interface", "SubnetIds": {"Fn::GetAZs": ""}}),
+        ("AWS::Route53Resolver::ResolverEndpoint", {}),
+        ("AWS::SageMaker::EndpointConfig", {"ProductionVariants": [{"VariantName": "a"}]}),
+        ("AWS::ECS::Service", {"LaunchType": "FARGATE"}),
+        ("AWS::EC2::Volume", {"VolumeType": "gp3"}),
+    ],
+)
+def test_what_decides_the_price_and_is_missing_makes_no_number(kind, properties):
+    found = [line for line in one(kind, properties) if line.status != "usage"]
+    assert [line.status for line in found] == ["unknown"]
+
+
 # --- properties ------------------------------------------------------------------------------------------------------
 
 

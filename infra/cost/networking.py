@@ -101,8 +101,8 @@ def endpoint(meter: Meter, index: Index) -> None:
     if kind == "Gateway":
         return meter.free("gateway endpoints of S3 and DynamoDB cost nothing")
     zones = meter.properties.get("SubnetIds", [])
-    if not isinstance(zones, list):
-        raise NotStatic("SubnetIds is no list")
+    if not isinstance(zones, list) or not zones:
+        raise NotStatic("SubnetIds, and with it the number of zones, is not in the template")
     meter.properties.reads["SubnetIds"] = f"{len(zones)} subnets, one a zone"
     if kind == "Interface":
         meter.hourly("interface endpoint, by zone", "vpce.interface.hour_per_az", Decimal(len(zones)))
@@ -146,6 +146,8 @@ def zone(meter: Meter, index: Index) -> None:
 def resolver(meter: Meter, index: Index) -> None:
     """Price a resolver endpoint of Route 53: an interface an address, and queries."""
     addresses = meter.properties.items("IpAddresses")
+    if not addresses:
+        raise NotStatic("IpAddresses is not in the template")
     meter.properties.reads["IpAddresses"] = f"{len(addresses)} addresses"
     meter.hourly("resolver endpoint, by address", "route53.resolver.interface", Decimal(len(addresses)))
     meter.used("queries", "route53.resolver.queries", lambda u: u["queries"], "queries")
