@@ -49,3 +49,8 @@ lint: setup ## ruff and mypy
 
 clean: ## remove everything that was built, the environments too
 	rm -rf build cdk.out .venv node_modules
+
+.PHONY: cost
+USAGE ?= docs/usage.toml
+cost: setup ## what cdk.out costs: table, build/cost/report.html and .json (USAGE=docs/usage.toml)
+	$(SHIPYARD) cost cdk.out --usage $(USAGE) --html build/cost/report.html --save build/cost/report.json

@@ -159,6 +159,17 @@ class EdgeSettings(Settings):
     token_exchange_version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+$")]
 
 
+class Guardrails(Settings):
+    """Bound what an environment costs, in the currency of its region, a month, in the scenario expected.
+
+    `cap` bounds the whole; `increase` and `increase_percent` bound by how much one change may raise it.
+    """
+
+    cap: Annotated[float, Field(ge=0)] | None = None
+    increase: Annotated[float, Field(ge=0)] | None = None
+    increase_percent: Annotated[float, Field(ge=0)] | None = None
+
+
 class Environment(Settings):
     """Describe one environment: where it lies, which release it runs and how large each target is.
 
@@ -171,6 +182,7 @@ class Environment(Settings):
     # an application load balancer wants two
     zones: Annotated[tuple[str, ...], Field(min_length=2)]
     cidr: Annotated[str, Field(pattern=r"^10\.\d{1,3}\.0\.0/16$", description="10.0.0.0/16 to 10.255.0.0/16")]
+    cost: Guardrails = Guardrails()
     release: str
     production: bool = False
     hours: Hours | None = None

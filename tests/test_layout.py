@@ -96,7 +96,30 @@ def test_infra_imports_configuration_and_release_alone(path):
 
 @parametrize_files("infra")
 def test_infra_asks_neither_aws_nor_git_nor_the_clock(path):
-    assert not tops(path) & {"boto3", "botocore", "subprocess", "time", "datetime", "random", "uuid", "socket"}
+    """The refresh of prices alone asks AWS; no synth and no report imports it."""
+    allowed = {"boto3", "botocore"} if path == SOURCES["infra"] / "cost" / "refresh.py" else set()
+    forbidden = {"boto3", "botocore", "subprocess", "time", "datetime", "random", "uuid", "socket"}
+    assert not tops(path) & (forbidden - allowed)
+
+
+def test_a_cost_report_needs_neither_boto3_nor_the_cdk():
+    code = (
+        "import json, sys; from infra.cost.command import main; main(['cost', 'schema'])\n"
+        "print('\\n' + json.dumps(sorted(sys.modules)), file=sys.stderr)"
+    )
+    surroundings = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{ROOT}:{ROOT / 'packaging'}"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=surroundings, capture_output=True, text=True)
+    loaded = set(json.loads(done.stderr.splitlines()[-1]))
+    assert "infra.cost.report" in loaded
+    assert not {"boto3", "botocore", "aws_cdk", "jsii", "torch", "numpy", "shipyard"} & loaded
+
+
+def test_the_command_line_finds_the_cost_review_by_its_name():
+    """shipyard and infra never import each other: cli.py is a composition root, as app.py is (docs/adr/0007)."""
+    assert importlib.util.find_spec("infra.cost.command") is not None
+    by_name = re.compile(r"""import_module\(\s*["']infra\b""")
+    finders = [path.name for path in files("shipyard") if by_name.search(path.read_text(encoding="utf-8"))]
+    assert finders == ["cli.py"]
 
 
 @parametrize_files("shipyard")

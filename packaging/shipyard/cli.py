@@ -70,6 +70,12 @@ HELP = {
     "gc": "list, or delete, what lies in a store and no release refers to",
 }
 
+REVIEW = {
+    "cost": "price the synthesized templates: report, diff, compare, guardrails (shipyard cost --help)",
+    "prices": "bring the price book up to date from the AWS Price List API (shipyard prices --help)",
+}
+"""Verbs of infra.cost.command. It is found by its name: shipyard and infra never import each other."""
+
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line's grammar."""
@@ -102,6 +108,8 @@ def parser() -> argparse.ArgumentParser:
     add("report", sizes, more=" Runs the stages before it as far as they are not done.")
     comparing = add("compare", sizes, more=" Each method is a stage in a process of its own.")
     comparing.add_argument("--methods", default="lora,adalora,full", help="with commas between (default: all three)")
+    for verb, text in REVIEW.items():  # parsed where they are run
+        verbs.add_parser(verb, help=text, add_help=False)
     publishing = add("publish")
     publishing.add_argument("version", help="version of a release in build/releases/, e.g. 0.1.0-g0123456789ab")
     sending = add("upload", more=" What is there already is not sent again.")
@@ -136,10 +144,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    chosen = parser().parse_args(arguments)
-    reporter = Reporter()
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        return _run(chosen, reporter)
+        if given and given[0] in REVIEW:
+            return int(importlib.import_module("infra.cost.command").main(given))
+        return _run(parser().parse_args(given), Reporter())
     except ShipyardError as fault:
         print(f"error: {fault}", file=sys.stderr)
         return 1

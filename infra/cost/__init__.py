@@ -1,0 +1,1 @@
+"""What the stacks cost: a pure function from synthesized templates, prices and usage to a report."""

@@ -1,0 +1,114 @@
+"""Containers: ECS services on Fargate and on EC2, their clusters, EKS."""
+
+from decimal import Decimal
+
+from infra.cost.lines import Meter, NotStatic, View, each
+from infra.cost.scaling import Index, Pricer, capacity
+from infra.cost.usage import MB_PER_GB, Three, requests
+
+
+def ecs_service(meter: Meter, index: Index) -> None:
+    """Price a service's tasks on Fargate; on EC2 its cluster's instances are billed, once."""
+    service = meter.properties
+    if service.text("SchedulingStrategy", "REPLICA") == "DAEMON":
+        return meter.free("a daemon runs on the cluster's instances, which are billed once, where they are declared")
+    shares = _providers(service, index)
+    if set(shares) == {"EC2"}:
+        return meter.free("its tasks run on the cluster's instances, which are billed once, where they are declared")
+    task = index.at(service.get("TaskDefinition"), "AWS::ECS::TaskDefinition")
+    if task is None:
+        return meter.unknown("tasks", "its task definition is in no template here")
+    shape = View(task.properties, "TaskDefinition.")
+    platform = shape.view("RuntimePlatform")
+    if not platform.text("OperatingSystemFamily", "LINUX").upper().startswith("LINUX"):
+        return meter.unknown("tasks", "the price book has none for Windows on Fargate")
+    chip = {"ARM64": "arm", "X86_64": "x86"}.get(platform.text("CpuArchitecture", "X86_64").upper(), "other")
+    cpu, memory = shape.number("Cpu") / 1024, shape.number("Memory") / MB_PER_GB
+    storage = shape.view("EphemeralStorage").number("SizeInGiB", 20)
+    target = index.scaler(meter.resource, "ecs:service:DesiredCount")
+    meter.serves(lambda u: requests(u["requests_per_second"], meter.hours), "requests_per_second")
+    tasks, note = capacity(meter, service.number("DesiredCount", 1), target, shape)
+    shape.reads.update(service.reads)
+    for provider, share in shares.items():
+        if provider == "EC2":
+            meter.unknown("tasks", "a capacity provider that is neither FARGATE nor FARGATE_SPOT")
+            continue
+        kind = "fargate_spot" if provider == "FARGATE_SPOT" else "fargate"
+        label = f"Fargate{' Spot' if kind == 'fargate_spot' else ''} ({chip})"
+        count = each(tasks, share)
+        meter.hourly(f"vCPU of tasks: {label}", f"{kind}.linux.{chip}.vcpu", each(count, cpu), of=shape, note=note)
+        meter.hourly(
+            f"memory of tasks: {label}", f"{kind}.linux.{chip}.memory", each(count, memory), of=shape, note=note
+        )
+        if storage > 20:
+            meter.hourly(
+                f"storage of tasks over 20 GB: {label}",
+                "fargate.ephemeral_storage",
+                each(count, storage - 20),
+                of=shape,
+            )
+    _deploying(meter, service, tasks, {"vcpu": cpu, "memory": memory}, shares, chip)
+    return None
+
+
+def _deploying(
+    meter: Meter, service: View, tasks: Three, sizes: dict[str, Decimal], shares: dict[str, Decimal], chip: str
+) -> None:
+    """Price the tasks that a rolling deployment runs beside the old ones."""
+    extra = service.view("DeploymentConfiguration").number("MaximumPercent", 200) / 100 - 1
+    if extra <= 0 or "EC2" in shares:
+        return
+    kind = "fargate" if "FARGATE" in shares else "fargate_spot"
+    for name, size in sizes.items():
+        meter.used(
+            f"new tasks beside the old while a release starts: {name}", f"{kind}.linux.{chip}.{name}",
+            lambda u, size=size: tasks[1] * extra * size * u["deployment_minutes"] / 60,  # type: ignore[misc]
+            "deployment_minutes", of=service, status="release",
+        )  # fmt: skip
+
+
+def _providers(service: View, index: Index) -> dict[str, Decimal]:
+    """Return the share of tasks by provider: FARGATE, FARGATE_SPOT, or EC2 for any other."""
+    strategy = service.items("CapacityProviderStrategy")
+    launch = service.text("LaunchType")
+    if not strategy and not launch:
+        cluster = index.at(service.get("Cluster"), "AWS::ECS::Cluster")
+        strategy = View(cluster.properties).items("DefaultCapacityProviderStrategy") if cluster else []
+    if not strategy:
+        return {"FARGATE" if launch == "FARGATE" else "EC2": Decimal(1)}
+    weights: dict[str, Decimal] = {}
+    for item in strategy:
+        name = item.get("CapacityProvider")
+        key = name if name in ("FARGATE", "FARGATE_SPOT") else "EC2"
+        if item.number("Base", 0) and len(strategy) > 1:
+            raise NotStatic(
+                "a capacity provider strategy with a base: the share of each provider changes with the count"
+            )
+        weights[key] = weights.get(key, Decimal(0)) + item.number("Weight", 1 if len(strategy) == 1 else 0)
+    total = sum(weights.values())
+    if not total:
+        raise NotStatic("a capacity provider strategy without weights")
+    return {key: weight / total for key, weight in weights.items() if weight}
+
+
+def ecs_cluster(meter: Meter, index: Index) -> None:
+    """Say that a cluster is free, and price the metrics of its Container Insights."""
+    settings = meter.properties.items("ClusterSettings")
+    if any(s.text("Name") == "containerInsights" and s.text("Value") != "disabled" for s in settings):
+        meter.used(
+            "metrics of Container Insights", "cw.metric.custom", lambda u: u["metrics"] * meter.hours / 730, "metrics"
+        )
+    else:
+        meter.free("a cluster costs nothing; its tasks and instances do")
+
+
+def eks_cluster(meter: Meter, index: Index) -> None:
+    """Price the control plane of an EKS cluster."""
+    meter.hourly("control plane", "eks.cluster.hour", Decimal(1))
+
+
+PRICED: dict[str, Pricer] = {
+    "AWS::ECS::Service": ecs_service,
+    "AWS::ECS::Cluster": ecs_cluster,
+    "AWS::EKS::Cluster": eks_cluster,
+}

@@ -1,0 +1,125 @@
+"""What changes between two reports, line by line; a price that is not known stays out of the sum and is named."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Literal
+
+from infra.cost.lines import Line
+from infra.cost.report import NOTHING, Report, add
+from infra.cost.usage import Three
+
+Sign = Literal["+", "-", "~"]
+ZERO = Decimal(0)
+
+
+@dataclass(frozen=True)
+class Change:
+    """Say how one line changes; without `delta` an amount on one side is not known, or depends on usage."""
+
+    sign: Sign
+    line: Line
+    before: Three | None
+    after: Three | None
+    delta: Three | None
+    why: tuple[str, ...]
+    unknown: bool
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Hold the changes from one report to another."""
+
+    old: Report
+    new: Report
+    changes: tuple[Change, ...]
+
+    def total(self, *, release: bool = False) -> dict[str, Three]:
+        """Return the change of the sum by currency: a month, or once a release."""
+        return _sum(change for change in self.changes if (change.line.status == "release") == release)
+
+    def by_environment(self) -> dict[str, dict[str, Three]]:
+        """Return the change a month by stage and currency."""
+        names = sorted({line.environment for report in (self.old, self.new) for line in report.lines})
+        monthly = [change for change in self.changes if change.line.status != "release"]
+        return {name: _sum(change for change in monthly if change.line.environment == name) for name in names}
+
+    @property
+    def unknown(self) -> list[Change]:
+        """Return the changes to or from a price that is not known."""
+        return [change for change in self.changes if change.unknown]
+
+
+def difference(old: Report, new: Report) -> Difference:
+    """Compare two reports."""
+    before, after = _keyed(old.lines), _keyed(new.lines)
+    # a resource of which something is not known on one side: what only the other side has is no rise or fall
+    hazy = [{(line.stack, line.path) for line in report.lines if line.status == "unknown"} for report in (new, old)]
+    changes = []
+    for key in [*after, *(key for key in before if key not in after)]:
+        less, more = before.get(key), after.get(key)
+        unknown = (more is None and key[:2] in hazy[0]) or (less is None and key[:2] in hazy[1])
+        if change := _change(less, more, unknown=unknown):
+            changes.append(change)
+    changes.sort(key=lambda change: (change.line.stack, change.line.path, change.line.item))
+    return Difference(old, new, tuple(changes))
+
+
+def _keyed(lines: Iterable[Line]) -> dict[tuple[str, str, str, int], Line]:
+    """Name lines by what stays when a template changes: stack, path, item, and which of the same it is."""
+    seen: Counter[tuple[str, str, str]] = Counter()
+    found = {}
+    for line in lines:
+        # an item names its size; another size of the same thing is a change of it, not another thing
+        key = line.stack, line.path, line.item.partition(": ")[0] if line.status in ("fixed", "unknown") else line.item
+        found[*key, seen[key]] = line
+        seen[key] += 1
+    return found
+
+
+def _change(old: Line | None, new: Line | None, *, unknown: bool) -> Change | None:
+    line = new or old
+    assert line is not None
+    if old is not None and new is not None:
+        if (old.amount, old.status, old.item) == (new.amount, new.status, new.item) and _prices(old) == _prices(new):
+            return None
+    elif line.status == "free":
+        return None
+    unknown = unknown or any(side is not None and side.status == "unknown" for side in (old, new))
+    before, after = (side.amount if side else None for side in (old, new))
+    depends = any(side is not None and side.amount is None and side.status != "free" for side in (old, new))
+    delta = None
+    if (
+        not unknown
+        and not depends
+        and not (old and new and old.currency and new.currency and old.currency != new.currency)
+    ):
+        less, more = before or NOTHING, after or NOTHING
+        delta = (more[0] - less[0], more[1] - less[1], more[2] - less[2])
+    sign: Sign = "+" if old is None else "-" if new is None else "~"
+    # the line that has the money names the currency
+    shown = line if line.amount is not None or old is None or old.amount is None else old
+    return Change(sign, shown, before, after, delta, _why(old, new), unknown)
+
+
+def _prices(line: Line) -> list[tuple[Decimal, Decimal]]:
+    return [(price.tier_from, price.price / price.per) for price in line.prices]
+
+
+def _why(old: Line | None, new: Line | None) -> tuple[str, ...]:
+    """Return the properties that differ, as `InstanceType: a -> b`, and what a side says of an unknown price."""
+    said = [side.note for side in (old, new) if side is not None and side.status == "unknown"]
+    if old is None or new is None:
+        return tuple(said)
+    sides = [dict(text.split(" = ", 1) for text in side.properties) for side in (old, new)]
+    names = [name for name in {**sides[0], **sides[1]} if sides[0].get(name) != sides[1].get(name)]
+    return *(f"{name}: {sides[0].get(name, 'none')} -> {sides[1].get(name, 'none')}" for name in names), *said
+
+
+def _sum(changes: Iterable[Change]) -> dict[str, Three]:
+    sums: dict[str, Three] = {}
+    for change in changes:
+        if change.delta is not None and any(change.delta):
+            sums[change.line.currency] = add(sums.get(change.line.currency, NOTHING), change.delta)
+    return dict(sorted(sums.items()))

@@ -1,0 +1,226 @@
+"""The same load on the GPU endpoint, on the private cluster and on devices, with the network that each needs."""
+
+import math
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from decimal import ROUND_CEILING, Decimal
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, ValidationError
+
+from infra.cost.networking import begun, units_application
+from infra.cost.prices import Book, charge
+from infra.cost.usage import HOURS, KB_PER_GB, MB_PER_GB
+from models.config import Environment, Settings, explain
+from models.release import Release, ShipyardError
+
+BUSY = Decimal("0.6")
+"""What part of its throughput a unit is given, as the autoscaling of our stacks aims at 60 % of the processor."""
+
+ASSUMED_SPEEDUP = Decimal(8)
+"""Requests a second of a GPU over one core, where no GPU was measured."""
+
+FORMS = {"gpu": ("fp16", "fp32"), "cpu": ("int8", "fp32"), "edge": ("int8", "fp32")}
+"""Which format of a bundle serves where, the first that a release has."""
+
+LOWEST, HIGHEST, STEPS = -1, 4, 24
+"""Powers of ten of the loads that are compared, in requests a second, and points between two of them."""
+
+
+class Measured(Settings):
+    """Say what one instance, task or device takes, and who measured it."""
+
+    requests_per_second: Annotated[float, Field(gt=0)]
+    measured: Annotated[str, Field(min_length=1)]
+
+
+class Throughput(Settings):
+    """Hold a file of measured throughput: a table for each place that was measured."""
+
+    gpu: Measured | None = None
+    cpu: Measured | None = None
+    edge: Measured | None = None
+
+
+@dataclass(frozen=True)
+class Load:
+    """Describe a request, and the devices among which the edge's share of the load is spread."""
+
+    request_kb: Decimal = Decimal(2)
+    response_kb: Decimal = Decimal(6)
+    devices: int = 1
+    device_cost: Decimal = Decimal(0)
+    sync_minutes: Decimal = Decimal(15)
+    message_kb: Decimal = Decimal(4)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place of inference: what it costs a month with a number of units under a load, and what a unit takes."""
+
+    name: str
+    unit: str
+    least: int
+    unit_rate: Decimal
+    grounds: str
+    assumed: bool
+    month: Callable[[Decimal, Decimal], Decimal]
+
+    def units(self, rate: Decimal) -> Decimal:
+        """Return how many units a load wants, at 60 % of what each takes."""
+        return max(Decimal(self.least), (rate / (self.unit_rate * BUSY)).to_integral_value(ROUND_CEILING))
+
+    def cost(self, rate: Decimal) -> Decimal:
+        """Return what a load costs a month."""
+        return self.month(self.units(rate), rate)
+
+    def million(self, rate: Decimal) -> Decimal:
+        """Return what a million predictions cost under a load."""
+        return self.cost(rate) / (rate * 3600 * HOURS) * 1_000_000
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Say from which load on one place costs less than another."""
+
+    rate: Decimal
+    cheaper: str
+    dearer: str
+
+
+def load_throughput(path: Path) -> Throughput:
+    """Read a file of measured throughput.
+
+    Raises:
+        ShipyardError: it is missing, no TOML, or has an unknown key.
+    """
+    try:
+        return Throughput.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as fault:
+        raise ShipyardError(f"{path}: not a file of throughput: {fault}", mend="see docs/cost.md") from None
+    except ValidationError as fault:
+        raise explain(fault, Throughput, str(path)) from None
+
+
+def places(
+    book: Book, env: Environment, load: Load, *, release: Release, submodel: str, measured: Throughput
+) -> list[Place]:
+    """Return the three places for a sub-model, sized as an environment of fleet.toml has them.
+
+    Raises:
+        ShipyardError: the release has no such sub-model, or a price that is needed is in no book.
+    """
+    if submodel not in release.submodels:
+        raise ShipyardError("--submodel: not in the release", value=submodel, allowed=", ".join(release.submodels))
+    latency = {form.precision: form.latency_ms for form in release.submodels[submodel].formats}
+    zones, gigabytes = len(env.zones), (load.request_kb + load.response_kb) * 3600 * HOURS / KB_PER_GB
+
+    def price(sku: str, quantity: Decimal) -> Decimal:
+        tiers = book.find(sku, env.region)
+        if not tiers:
+            raise ShipyardError(f"cost compare: no price for {sku} in {env.region}", mend="shipyard prices refresh")
+        return charge(tiers, quantity)
+
+    def endpoints(count: int) -> Decimal:
+        return price("vpce.interface.hour_per_az", HOURS * zones * count)
+
+    def gpu(units: Decimal, rate: Decimal) -> Decimal:
+        data = rate * gigabytes
+        instances = price(f"sagemaker.hosting.{env.gpu.instance_type}", units * HOURS)
+        # callers in the VPC reach the endpoint through one interface endpoint, sagemaker.runtime
+        return (
+            instances
+            + price("sagemaker.hosting.data_processed", data)
+            + endpoints(1)
+            + price("vpce.interface.data", data)
+        )
+
+    vcpu, memory = Decimal(env.cpu.cpu) / 1024, Decimal(env.cpu.memory_mib) / MB_PER_GB
+
+    def cpu(units: Decimal, rate: Decimal) -> Decimal:
+        tasks = price("fargate.linux.arm.vcpu", units * vcpu * HOURS) + price(
+            "fargate.linux.arm.memory", units * memory * HOURS
+        )
+        shape = {"request_kb": load.request_kb, "response_kb": load.response_kb, "connection_seconds": Decimal(0)}
+        balancer = price("alb.hour", HOURS) + price("alb.lcu", units_application(rate, shape, 1) * HOURS)
+        # tasks fetch their image and write their logs through three: ecr.api, ecr.dkr, logs
+        return tasks + balancer + endpoints(3)
+
+    def edge(units: Decimal, rate: Decimal) -> Decimal:
+        minutes = units * HOURS * 60
+        messages = minutes / load.sync_minutes * begun(load.message_kb, 5)
+        cloud = price("greengrass.active_core_device", units) + price("iot.connectivity", minutes)
+        return cloud + price("iot.messaging", messages) + units * load.device_cost
+
+    def place(
+        name: str, target: str, unit: str, least: int, cores: Decimal, month: Callable[[Decimal, Decimal], Decimal]
+    ) -> Place:
+        given: Measured | None = getattr(measured, target)
+        if given is not None:
+            rate = Decimal(str(given.requests_per_second))
+            return Place(name, unit, least, rate, f"measured: {given.measured}", False, month)
+        form = next(form for form in (*FORMS[target], *latency) if form in latency)
+        core = Decimal(1000) / Decimal(str(latency[form]))
+        told = f"{latency[form]:g} ms a request of the {form} graph on one core of the machine that made the release"
+        if target == "gpu":
+            rate, told = core * ASSUMED_SPEEDUP, f"assumed, not measured: {ASSUMED_SPEEDUP} times one core; {told}"
+        else:
+            rate = core * cores
+            told += "" if cores == 1 else f", times {cores.normalize():f} cores"
+            told += (
+                ", ARM taken as equal"
+                if target == "cpu"
+                else f", the device taken as equal and as {load.device_cost:f} a month"
+            )
+        return Place(name, unit, least, rate, told, target == "gpu", month)
+
+    return [
+        place("GPU endpoint", "gpu", f"instance {env.gpu.instance_type}", env.gpu.instances, Decimal(1), gpu),
+        place("private cluster", "cpu", f"task of {vcpu.normalize():f} vCPU on ARM", env.cpu.tasks, vcpu, cpu),
+        place("edge", "edge", "device", load.devices, Decimal(1), edge),
+    ]  # fmt: skip
+
+
+def rates() -> list[Decimal]:
+    """Return the loads that are compared, evenly spread over powers of ten."""
+    steps = range((HIGHEST - LOWEST) * STEPS + 1)
+    return [Decimal(f"{10 ** (LOWEST + step / STEPS):.6g}") for step in steps]
+
+
+def crossings(found: Sequence[Place]) -> list[Crossing]:
+    """Return the loads from which on one place costs less than another, in rising order, by bisection."""
+    out = []
+    for k, left in enumerate(found):
+        for right in found[k + 1 :]:
+            for low, high in zip(rates(), rates()[1:], strict=False):
+                before, after = (left.cost(rate) < right.cost(rate) for rate in (low, high))
+                if before != after:
+                    for _ in range(40):
+                        middle = Decimal(math.sqrt(low * high))
+                        low, high = (
+                            (middle, high) if (left.cost(middle) < right.cost(middle)) == before else (low, middle)
+                        )
+                    names = (left.name, right.name) if after else (right.name, left.name)
+                    out.append(Crossing(high, *names))
+    return sorted(out, key=lambda crossing: crossing.rate)
+
+
+def verdict(found: Sequence[Place]) -> str:
+    """Say at which loads the GPU costs least, or that it is not worth its price."""
+    gpu = found[0]
+    cluster = found[1]
+    worth = [rate for rate in rates() if gpu.cost(rate) < cluster.cost(rate)]
+    doubt = " Its throughput is assumed: measure it before you decide." if gpu.assumed else ""
+    if not worth:
+        most = rates()[-1]
+        return f"The GPU is not worth its price: up to {most:,.0f} requests a second the private cluster costs less.{doubt}"
+    always = [rate for rate in rates() if rate >= worth[0]] == worth
+    span = "on" if always else f"to {worth[-1]:.3g}, with gaps between"
+    if worth[0] == rates()[0]:
+        return f"The GPU costs less than the private cluster from {worth[0]:.3g} requests a second {span}.{doubt}"
+    return (
+        f"Below {worth[0]:.3g} requests a second the GPU is not worth its price: the private cluster costs less. "
+        f"It pays from {worth[0]:.3g} requests a second {span}.{doubt}"
+    )

@@ -1,0 +1,150 @@
+"""How many instances or tasks run: what autoscaling targets, their schedules and the load make of a count."""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from decimal import ROUND_CEILING, Decimal
+from typing import Any
+
+from infra.cost.lines import Meter, NotStatic, Resource, View
+from infra.cost.resolve import POINTER, Pointer
+from infra.cost.usage import Three
+
+Pricer = Callable[[Meter, "Index"], None]
+"""Writes the lines of a resource."""
+
+WEEK = 7 * 24
+_DAYS = {"SUN": 6, "MON": 0, "TUE": 1, "WED": 2, "THU": 3, "FRI": 4, "SAT": 5}
+# numbers of cron on AWS begin with Sunday as 1
+_NUMBERS = {"1": 6, "2": 0, "3": 1, "4": 2, "5": 3, "6": 4, "7": 5}
+
+
+@dataclass(frozen=True)
+class Index:
+    """Find resources, and what scales them, across stacks."""
+
+    resources: dict[tuple[str, str], Resource]
+
+    def at(self, pointer: Any, kind: str) -> Resource | None:
+        """Return the resource of a type to which a pointer leads."""
+        found = self.resources.get((pointer.stack, pointer.resource)) if isinstance(pointer, Pointer) else None
+        return found if found and found.type == kind else None
+
+    def of(self, kind: str) -> Iterable[Resource]:
+        """Return every resource of a type."""
+        return (resource for resource in self.resources.values() if resource.type == kind)
+
+    def scaler(self, resource: Resource, dimension: str, variant: str = "") -> Resource | None:
+        """Return the autoscaling target of a service, or of a variant of an endpoint."""
+        for target in self.of("AWS::ApplicationAutoScaling::ScalableTarget"):
+            if str(property_of(target, "ScalableDimension")) != dimension:
+                continue
+            scaled = str(property_of(target, "ResourceId"))
+            if variant and not scaled.endswith(f"/variant/{variant}"):
+                continue
+            if self._names(scaled, resource):
+                return target
+        return None
+
+    def scaled(self, target: Resource) -> bool:
+        """Return whether an autoscaling target's resource is among those read."""
+        text = str(property_of(target, "ResourceId"))
+        return any(self._names(text, resource) for resource in self.resources.values() if resource is not target)
+
+    def _names(self, text: str, resource: Resource) -> bool:
+        place = (resource.scope.stack.name, resource.id)
+        # a cluster's name is in the text of each of its services
+        last = [match.groups() for match in POINTER.finditer(text) if self._is_unit(match[1], match[2])]
+        if last:
+            return (last[-1][0], last[-1][1]) == place
+        named = {"AWS::ECS::Service": "ServiceName", "AWS::SageMaker::Endpoint": "EndpointName"}.get(resource.type)
+        name = property_of(resource, named) if named else None
+        return isinstance(name, str) and name in text.split("/")
+
+    def _is_unit(self, stack: str, name: str) -> bool:
+        found = self.resources.get((stack, name))
+        return found is not None and found.type != "AWS::ECS::Cluster"
+
+
+def property_of(resource: Resource, name: str) -> Any:
+    """Return a property of a resource as it is, None where there is none."""
+    return resource.properties.get(name) if isinstance(resource.properties, dict) else None
+
+
+def capacity(meter: Meter, initial: Decimal, target: Resource | None, of: View) -> tuple[Three, str]:
+    """Return the mean count over the month in each scenario, with a note on how it came about.
+
+    Without autoscaling it is the initial count. With it, and with the keys requests_per_second and
+    unit_requests_per_second, it is what the load of each hour wants, within minimum and maximum of that hour; without
+    these keys low and expected are the minimum, high the maximum.
+
+    Raises:
+        NotStatic: minimum, maximum or a schedule is not static or not understood.
+    """
+    if target is None:
+        return (initial, initial, initial), ""
+    properties = View(target.properties, f"{target.id}.")
+    low, high = _week(properties)
+    of.reads.update(properties.reads)
+    rate, unit = meter.ask("requests_per_second"), meter.ask("unit_requests_per_second")
+    if rate is None or unit is None:
+        least, most = _mean(low), _mean(high)
+        return (least, least, most), (
+            "minimum, minimum and maximum of its autoscaling; "
+            "requests_per_second and unit_requests_per_second would tell more"
+        )
+    found = []
+    for day, per in zip(rate[0], unit[0], strict=True):
+        wanted = [(one / per).to_integral_value(ROUND_CEILING) for one in day]
+        found.append(_mean([min(max(wanted[k % 24], low[k]), high[k]) for k in range(WEEK)]))
+    return (found[0], found[1], found[2]), "what the load of each hour wants, within the bounds of its autoscaling"
+
+
+def _mean(values: list[Decimal]) -> Decimal:
+    return sum(values, Decimal(0)) / len(values)
+
+
+def _week(target: View) -> tuple[list[Decimal], list[Decimal]]:
+    """Return minimum and maximum for each hour of a week, as schedules set them."""
+    least, most = target.number("MinCapacity"), target.number("MaxCapacity")
+    changes: dict[int, tuple[Decimal | None, Decimal | None]] = {}
+    for action in target.items("ScheduledActions"):
+        bounds = action.view("ScalableTargetAction")
+        new = tuple(bounds.number(n) if bounds.get(n) is not None else None for n in ("MinCapacity", "MaxCapacity"))
+        for hour in _hours(action.text("Schedule")):
+            before = changes.get(hour, (None, None))
+            changes[hour] = (new[0] if new[0] is not None else before[0], new[1] if new[1] is not None else before[1])
+        target.reads.update(action.reads)
+    low, high = [least] * WEEK, [most] * WEEK
+    # twice around: what the last change of a week sets holds when the next begins
+    for hour in range(2 * WEEK if changes else 0):
+        new_least, new_most = changes.get(hour % WEEK, (None, None))
+        least, most = (least if new_least is None else new_least), (most if new_most is None else new_most)
+        low[hour % WEEK], high[hour % WEEK] = least, max(least, most)
+    return low, high
+
+
+def _hours(schedule: str) -> list[int]:
+    """Return the hours of a week, from Monday 0, at which cron(minutes hours day month weekday year) fires."""
+    if schedule.startswith("at("):
+        return []
+    match = re.fullmatch(r"cron\((\S+) (\S+) (\S+) (\S+) (\S+) (\S+)\)", schedule.strip())
+    if not match or not match[1].isdigit() or match[3] not in "*?" or match[4] != "*" or match[6] != "*":
+        raise NotStatic(f"the schedule {schedule} is not understood: daily or weekly cron alone")
+    hours = range(24) if match[2] == "*" else [int(part) for part in match[2].split(",") if part.isdigit()]
+    if not hours or any(hour > 23 for hour in hours):
+        raise NotStatic(f"the schedule {schedule} is not understood: hours as 8 or 8,20")
+    return [day * 24 + hour for day in _weekdays(match[5]) for hour in hours]
+
+
+def _weekdays(text: str) -> list[int]:
+    if text in ("*", "?"):
+        return list(range(7))
+    found: list[int] = []
+    for part in text.upper().split(","):
+        ends = [_DAYS.get(end, _NUMBERS.get(end, -1)) for end in part.split("-")]
+        if -1 in ends or len(ends) > 2:
+            raise NotStatic(f"the weekdays {text} are not understood")
+        first, last = ends[0], ends[-1]
+        found += [(first + step) % 7 for step in range((last - first) % 7 + 1)]
+    return found

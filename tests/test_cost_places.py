@@ -1,0 +1,151 @@
+"""The comparison of places: its sums by hand, its crossings, what it says of the GPU."""
+
+import json
+from dataclasses import replace
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from infra.cost.comparison import comparison_json, comparison_markdown, comparison_page, crossing_lines
+from infra.cost.places import Load, Measured, Throughput, crossings, load_throughput, places, rates, verdict
+from infra.cost.prices import load_book
+from models.config import load_fleet
+from models.release import ShipyardError, load_keys, read_release
+from shipyard.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+BOOK = load_book()
+ENV = (
+    load_fleet(ROOT / "fleet.toml")
+    .env["dev"]
+    .model_copy(
+        update={
+            "zones": ("us-east-1a", "us-east-1b"),
+            "gpu": load_fleet(ROOT / "fleet.toml")
+            .env["dev"]
+            .gpu.model_copy(update={"instance_type": "ml.g5.xlarge", "instances": 1}),
+            "cpu": load_fleet(ROOT / "fleet.toml")
+            .env["dev"]
+            .cpu.model_copy(update={"cpu": 1024, "memory_mib": 2048, "tasks": 1}),
+        }
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def release():
+    path = ROOT / "releases" / f"{load_fleet(ROOT / 'fleet.toml').env['dev'].release}.json"
+    return read_release(path, load_keys(path.parent / "keys"))
+
+
+def measured(gpu=1000, cpu=100, edge=50):
+    tables = {name: Measured(requests_per_second=rate, measured="by hand") for name, rate in
+              (("gpu", gpu), ("cpu", cpu), ("edge", edge))}  # fmt: skip
+    return Throughput(**tables)
+
+
+def compare(release, *, throughput=None, env=ENV, **load):
+    shape = Load(**{"request_kb": Decimal(0), "response_kb": Decimal(0), **load})
+    return places(BOOK, env, shape, release=release, submodel="search", measured=throughput or Throughput())
+
+
+def test_a_place_costs_its_units_and_its_network(release):
+    gpu, cpu, edge = compare(release, throughput=measured())
+    # an instance 1,028.13, an interface endpoint in two zones 14.60 (published prices by 730 hours)
+    assert float(gpu.cost(Decimal(1))) == pytest.approx(1028.132 + 14.60)
+    # a task 23.64 and 5.20, a load balancer 16.425, three endpoints in two zones 43.80; a capacity unit of 25 requests
+    assert float(cpu.cost(Decimal(25))) == pytest.approx(23.6374 + 5.1976 + 16.425 + 43.80 + 0.008 * 730)
+    # a device 0.16, connected all the month 0.0035, 2,920 messages of 5 KB
+    assert float(edge.cost(Decimal(1))) == pytest.approx(0.16 + 0.003504 + 0.00292)
+    assert float(compare(release, throughput=measured(), device_cost=Decimal(10))[2].cost(Decimal(1))) == pytest.approx(
+        10.166424
+    )
+
+
+def test_units_follow_the_load_at_sixty_per_cent(release):
+    gpu, cpu, edge = compare(release, throughput=measured())
+    assert [int(cpu.units(Decimal(rate))) for rate in (1, 60, 61, 600)] == [1, 1, 2, 10]
+    assert [int(gpu.units(Decimal(rate))) for rate in (600, 601)] == [1, 2]
+    assert int(compare(release, throughput=measured(), devices=500)[2].units(Decimal(1))) == 500
+    assert int(edge.units(Decimal(31))) == 2
+
+
+def test_the_gpu_is_worth_its_price_from_the_crossing_on(release):
+    found = compare(release, throughput=measured(gpu=20_000, cpu=100))
+    gpu, cpu, _ = found
+    points = [one for one in crossings(found) if {one.cheaper, one.dearer} == {gpu.name, cpu.name}]
+    assert points
+    first = points[0]
+    assert (first.cheaper, first.dearer) == (gpu.name, cpu.name)
+    assert gpu.cost(first.rate * Decimal("0.99")) > cpu.cost(first.rate * Decimal("0.99"))
+    assert gpu.cost(first.rate * Decimal("1.01")) < cpu.cost(first.rate * Decimal("1.01"))
+    assert verdict(found).startswith("Below ")
+    assert "requests a second the GPU is not worth its price" in verdict(found)
+
+
+def test_a_gpu_that_takes_little_is_never_worth_its_price(release):
+    assert verdict(compare(release, throughput=measured(gpu=200))).startswith(
+        "The GPU is not worth its price: up to 10,000"
+    )
+
+
+def test_what_is_assumed_is_said(release):
+    found = compare(release)
+    assert [place.assumed for place in found] == [True, False, False]
+    assert "assumed, not measured" in found[0].grounds
+    assert "measure it before you decide" in verdict(found)
+    assert "measure it" not in verdict(compare(release, throughput=measured()))
+    assert json.loads(comparison_json(found, "USD"))["assumed"] == ["GPU endpoint"]
+
+
+def test_more_load_never_costs_less_and_a_million_of_one_unit_costs_less_and_less(release):
+    for place in compare(release, request_kb=Decimal(2), response_kb=Decimal(6)):
+        costs = [place.cost(rate) for rate in rates()]
+        assert costs == sorted(costs)
+        single = [place.million(rate) for rate in rates() if place.units(rate) == place.least]
+        assert single == sorted(single, reverse=True)
+
+
+def test_crossings_of_a_stair_are_told_by_first_and_last(release):
+    found = compare(release, throughput=measured(gpu=3000, cpu=100))
+    lines = crossing_lines(crossings(found))
+    assert len(lines) <= 8
+    assert all("requests a second" in line or "change places" in line for line in lines)
+    same = [replace(found[1], name="a"), replace(found[1], name="b")]
+    assert crossing_lines(crossings(same)) == ["the places keep their order at every load"]
+
+
+def test_every_form_has_every_place(release):
+    found = compare(release, throughput=measured(gpu=20_000))
+    text, page = comparison_markdown(found, "USD"), comparison_page(found, "USD", "Where")
+    assert len([line for line in text.splitlines() if line.startswith("| ")]) == 8
+    assert page.count("<svg") == 2
+    assert page.count('class="curve') == 2 * 2 * 3
+    assert 'class="ring"' in page
+    assert len(json.loads(comparison_json(found, "USD"))["loads"]) == len(rates())
+
+
+def test_what_is_missing_is_an_error(release, tmp_path):
+    with pytest.raises(ShipyardError, match="not in the release"):
+        places(BOOK, ENV, Load(), release=release, submodel="nothing", measured=Throughput())
+    with pytest.raises(ShipyardError, match=r"no price for .* in ap-northeast-3"):
+        compare(release, env=ENV.model_copy(update={"region": "ap-northeast-3"}))[0].cost(Decimal(1))
+    path = tmp_path / "t.toml"
+    for text, told in (("[gpux]\n", 'did you mean "gpu"'), ("[gpu]\nrequests_per_second = 0\nmeasured = 'x'\n", "not allow"),
+                       ("[", "not a file of throughput")):  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(ShipyardError, match=told):
+            load_throughput(path)
+
+
+def test_the_verb_reads_fleet_release_and_measurements(tmp_path, capsys):
+    measurements, page = tmp_path / "t.toml", tmp_path / "places.html"
+    measurements.write_text('[gpu]\nrequests_per_second = 500\nmeasured = "perf_analyzer on an A10G"\n')
+    arguments = ["cost", "compare", "--submodel", "search", "--fleet", str(ROOT / "fleet.toml"),
+                 "--throughput", str(measurements), "--html", str(page)]  # fmt: skip
+    assert main(arguments) == 0
+    assert "measured: perf_analyzer on an A10G" in capsys.readouterr().out
+    assert page.read_text().startswith("<!DOCTYPE html>")
+    assert main([*arguments, "--env", "nowhere"]) == 1
+    assert "no such environment" in capsys.readouterr().err
