@@ -6,10 +6,10 @@ SHIPYARD := $(BIN)/shipyard
 export JSII_SILENCE_WARNING_END_OF_LIFE_NODE_VERSION ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help setup release report compare synth test lint clean
+.PHONY: help setup release report compare synth deploy-local test lint clean
 
 help: ## list the verbs
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.complete node_modules/.complete ## make .venv from constraints.txt and install the pinned CDK CLI
 
@@ -34,6 +34,9 @@ compare: setup ## LoRA, AdaLoRA and full fine-tuning side by side on validation 
 
 synth: setup ## synthesize every environment of fleet.toml into cdk.out/
 	$(SHIPYARD) synth
+
+deploy-local: setup ## make a release, then deploy, update, roll back and destroy dev on this machine (PROFILE=quick)
+	$(SHIPYARD) deploy-local --profile $(PROFILE)
 
 test: setup lint ## all tests, on a small profile of the real data
 	$(BIN)/python -m pytest
