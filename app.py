@@ -11,34 +11,67 @@ from pathlib import Path
 import aws_cdk as cdk
 from constructs import Construct
 
+from infra.checks import check, check_release
 from infra.cpu import CpuStack
+from infra.delivery import DeliveryStack, promoters
 from infra.edge import EdgeStack
+from infra.gateway import GatewayStack
 from infra.gpu import GpuStack
+from infra.link import LinkStack
 from infra.network import NetworkStack
+from infra.observe import ObserveStack, Watched
+from infra.replica import Replica, ReplicaStack
 from infra.storage import StorageStack
 from infra.template import placeholders
 from models.config import Fleet, load_fleet
 from models.release import Release, ShipyardError, load_keys, read_release, trusted_key
 
 ROOT = Path(__file__).resolve().parent
+SLOW_MS = 500  # of an environment that nobody watches
 
 
 class FleetStage(cdk.Stage):
     """Wire the stacks of one environment: what is kept, the network, and one stack a target."""
 
-    def __init__(self, scope: Construct, name: str, *, fleet: Fleet, release: Release, signer: str) -> None:
+    def __init__(
+        self, scope: Construct, name: str, *, fleet: Fleet, release: Release, signer: str, shadow: Release | None = None
+    ) -> None:
         """Make the stacks; `signer` is the public key of the release in OpenSSH's one-line form."""
         env, stage_name = fleet.env[name], f"{fleet.project.name}-{name.replace('_', '-')}"
         super().__init__(
             scope, name, stage_name=stage_name, env=cdk.Environment(account=env.account, region=env.region)
         )
-        bucket = fleet.bucket(name)
-        values = placeholders(env, bucket=bucket, release=release, trusted_key=signer)
-        storage = StorageStack(self, "storage", bucket_name=bucket, log_group_prefix=f"{stage_name}-")
-        network = NetworkStack(self, "network", settings=env, storage=storage)
-        GpuStack(self, "gpu", settings=env.gpu, release=release, values=values, storage=storage, network=network)
-        CpuStack(self, "cpu", settings=env.cpu, release=release, values=values, storage=storage, network=network)
-        EdgeStack(self, "edge", settings=env.edge, release=release, values=values, storage=storage)
+        bucket, data = fleet.bucket(name), fleet.data_bucket(name)
+        values = placeholders(env, bucket=bucket, data=data, release=release, trusted_key=signer)
+        slow_ms = env.observe.p99_ms if env.observe else SLOW_MS
+        replica = Replica(env.account, env.replica, fleet.replica_bucket(name)) if env.replica else None
+        storage = StorageStack(
+            self,
+            "storage",
+            bucket_name=bucket,
+            data_name=data,
+            log_group_prefix=f"{stage_name}-",
+            replica=replica,
+            readers=promoters(fleet, name),
+        )
+        if replica is not None:
+            storage.add_dependency(ReplicaStack(self, "replica", replica=replica))
+        network = NetworkStack(self, "network", settings=env, release=release, storage=storage)
+        placed = {"release": release, "values": values, "storage": storage, "network": network}
+        gpu = GpuStack(self, "gpu", settings=env.gpu, hours=env.hours, slow_ms=slow_ms, shadow=shadow, **placed)
+        cpu = CpuStack(self, "cpu", settings=env.cpu, hours=env.hours, slow_ms=slow_ms, **placed)
+        gateway = None
+        if release.of("gateway"):
+            gateway = GatewayStack(self, "gateway", settings=env.gateway, service=env.cpu, cpu=cpu, gpu=gpu, **placed)
+        if release.of("greengrass-model"):
+            EdgeStack(self, "edge", settings=env.edge, release=release, values=values, storage=storage)
+        if env.link is not None:
+            LinkStack(self, "link", settings=env.link, cidr=env.cidr, storage=storage, network=network, cpu=cpu)
+        if env.observe is not None:
+            watched = Watched(gpu=gpu, cpu=cpu, gateway=gateway)
+            ObserveStack(self, "observe", settings=env.observe, env=env, release=release, watched=watched)
+        if env.delivery is not None:
+            DeliveryStack(self, "delivery", settings=env.delivery, fleet=fleet, name=name, storage=storage)
         # no release among the tags: each release would touch every resource
         cdk.Tags.of(self).add("project", fleet.project.name)
         cdk.Tags.of(self).add("environment", name)
@@ -55,14 +88,25 @@ def build(app: cdk.App, root: Path) -> None:
     for name in dict.fromkeys(wanted.split(",") if wanted else fleet.env):
         if name not in fleet.env:
             raise ShipyardError("-c env: no such environment", value=name, allowed=", ".join(fleet.env))
-        path = root / (release_path or f"releases/{fleet.env[name].release}.json")
-        if not path.is_file():
-            raise ShipyardError(
-                f"env.{name}: no such release", value=str(path), mend="publish it or give one: -c release=PATH"
-            )
+        check(name, fleet)
+        env = fleet.env[name]
+        path = root / (release_path or f"releases/{env.release}.json")
+        _check_there(name, path)
         keys = load_keys(root / keys_path if keys_path else path.parent / "keys")
         release = read_release(path, keys)
-        FleetStage(app, name, fleet=fleet, release=release, signer=trusted_key(release, keys))
+        shadow = None
+        if env.gpu.shadow is not None:
+            _check_there(name, shadow_path := path.parent / f"{env.gpu.shadow}.json")
+            shadow = read_release(shadow_path, keys)
+        check_release(name, env, release, shadow)
+        FleetStage(app, name, fleet=fleet, release=release, shadow=shadow, signer=trusted_key(release, keys))
+
+
+def _check_there(name: str, path: Path) -> None:
+    if not path.is_file():
+        raise ShipyardError(
+            f"env.{name}: no such release", value=str(path), mend="publish it or give one: -c release=PATH"
+        )
 
 
 def main() -> int:

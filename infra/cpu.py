@@ -1,67 +1,30 @@
-"""The private target: one ECS cluster without internet, and a Fargate service for each of its artifacts."""
+"""The private target: one ECS cluster without internet, one load balancer, and a service for each of its artifacts."""
 
 from collections.abc import Mapping
 
 import aws_cdk as cdk
 from aws_cdk import aws_ec2 as ec2
-from aws_cdk import aws_ecr as ecr
 from aws_cdk import aws_ecs as ecs
 from aws_cdk import aws_elasticloadbalancingv2 as elbv2
-from aws_cdk import aws_iam as iam
-from aws_cdk import aws_logs as logs
 from constructs import Construct
 
+from infra.anywhere import AnywhereService, machine_role
+from infra.jobs import scheduled_job, score
 from infra.network import NetworkStack, closed_group
+from infra.service import InferenceService, Sizing, stable_number
 from infra.storage import StorageStack
 from infra.template import ImageTemplate, read_template
-from models.config import CpuSettings
-from models.release import Artifact, Release, artifact_key
+from models.config import CpuSettings, Hours
+from models.release import Artifact, Release, ShipyardError
 
-USER = "10001"  # not root, and not a user of the host
-VOLUME = "model"
 LISTENER_PORT = 80
-MAX_SCALE = 4  # times the tasks of fleet.toml
-CPU_PERCENT = 60
+MAX_SCALE = 4  # times the tasks of fleet.toml, where that does not say how many
 
 
 class CpuStack(cdk.Stack):
-    """Wire one cluster, and one service for each image-context artifact of a release."""
+    """Wire one cluster and its load balancer, and one service for each image-context artifact of a release.
 
-    def __init__(
-        self,
-        scope: Construct,
-        construct_id: str,
-        *,
-        settings: CpuSettings,
-        release: Release,
-        values: Mapping[str, str],
-        storage: StorageStack,
-        network: NetworkStack,
-    ) -> None:
-        """Make cluster and services; `values` fills the placeholders of templates."""
-        super().__init__(scope, construct_id)
-        cluster = ecs.Cluster(self, "Cluster", vpc=network.vpc, container_insights_v2=ecs.ContainerInsights.ENABLED)
-        for artifact in release.of("image-context"):
-            service = InferenceService(
-                self,
-                artifact.name,
-                cluster=cluster,
-                settings=settings,
-                artifact=artifact,
-                template=read_template(artifact, ImageTemplate, values),
-                storage=storage,
-                network=network,
-            )
-            address = service.load_balancer.load_balancer_dns_name
-            cdk.CfnOutput(self, f"{artifact.name}-address", value=f"http://{address}:{LISTENER_PORT}")
-        cdk.CfnOutput(self, "Release", value=release.version)
-
-
-class InferenceService(Construct):
-    """Serve one bundle behind an internal load balancer.
-
-    The image holds code and libraries alone. The container `fetch` brings the bundle of the release, verifies it with
-    the trusted key and ends; `serve` starts only where that succeeded.
+    The service of an artifact has the requests below /<name of the artifact>/.
     """
 
     def __init__(
@@ -69,120 +32,89 @@ class InferenceService(Construct):
         scope: Construct,
         construct_id: str,
         *,
-        cluster: ecs.Cluster,
         settings: CpuSettings,
-        artifact: Artifact,
-        template: ImageTemplate,
+        hours: Hours | None,
+        slow_ms: int,
+        release: Release,
+        values: Mapping[str, str],
         storage: StorageStack,
         network: NetworkStack,
     ) -> None:
-        """Make task definition, service, load balancer and scaling."""
-        super().__init__(scope, construct_id)
-        task = self._task(settings=settings, artifact=artifact, template=template, storage=storage)
-        group = closed_group(self, "SecurityGroup", vpc=network.vpc, description=f"Tasks of {artifact.name}")
-        group.connections.allow_to(network.endpoints, ec2.Port.tcp(443), "Image and logs")
-        group.connections.allow_to(network.s3, ec2.Port.tcp(443), "Image layers and bundle from S3")
-        service = ecs.FargateService(
-            self,
-            "Service",
-            cluster=cluster,
-            task_definition=task,
-            # no desired_count: it would set back on each deployment what was scaled since; the scaling holds the least
-            security_groups=[group],
-            vpc_subnets=ec2.SubnetSelection(subnet_type=ec2.SubnetType.PRIVATE_ISOLATED),
-            assign_public_ip=False,
-            circuit_breaker=ecs.DeploymentCircuitBreaker(enable=True, rollback=True),
-            min_healthy_percent=100,
-            max_healthy_percent=200,
-            health_check_grace_period=cdk.Duration.seconds(120),
-            enable_ecs_managed_tags=True,
-            propagate_tags=ecs.PropagatedTagSource.SERVICE,
-        )
-        # a task cannot start before its execution role may pull and log
-        service.node.add_dependency(task.obtain_execution_role())
-        self.load_balancer = self._balance(service=service, template=template, network=network)
-        scaling = service.auto_scale_task_count(min_capacity=settings.tasks, max_capacity=settings.tasks * MAX_SCALE)
-        scaling.scale_on_cpu_utilization("Cpu", target_utilization_percent=CPU_PERCENT)
+        """Make cluster, load balancer and services; `values` fills the placeholders of templates.
 
-    def _task(
-        self, *, settings: CpuSettings, artifact: Artifact, template: ImageTemplate, storage: StorageStack
-    ) -> ecs.FargateTaskDefinition:
-        repository, digest = settings.image.split("@")
-        image = ecs.ContainerImage.from_ecr_repository(
-            ecr.Repository.from_repository_name(self, "Repository", repository), digest
-        )
-        log = ecs.LogDrivers.aws_logs(
-            stream_prefix=artifact.name,
-            log_group=logs.LogGroup(
-                self, "LogGroup", encryption_key=storage.key, retention=logs.RetentionDays.ONE_MONTH
-            ),
-        )
-        task = ecs.FargateTaskDefinition(
-            self,
-            "Task",
-            cpu=settings.cpu,
-            memory_limit_mib=settings.memory_mib,
-            runtime_platform=ecs.RuntimePlatform(
-                cpu_architecture=ecs.CpuArchitecture.ARM64, operating_system_family=ecs.OperatingSystemFamily.LINUX
-            ),
-            task_role=self._role(artifact, storage),
-        )
-        task.add_volume(name=VOLUME)
-
-        def container(name: str, command: tuple[str, ...], *, essential: bool) -> ecs.ContainerDefinition:
-            linux = ecs.LinuxParameters(self, f"{name}-linux", init_process_enabled=True)
-            linux.drop_capabilities(ecs.Capability.ALL)
-            added = task.add_container(
-                name,
-                image=image,
-                command=list(command),
-                environment=template.environment,
-                essential=essential,
-                user=USER,
-                privileged=False,
-                readonly_root_filesystem=True,
-                linux_parameters=linux,
-                logging=log,
-            )
-            added.add_mount_points(
-                # Fargate takes owner and mode of the volume from the image, which has to declare it for this user
-                ecs.MountPoint(source_volume=VOLUME, container_path=template.mount, read_only=essential)
-            )
-            return added
-
-        fetch = container("fetch", template.fetch, essential=False)
-        serve = container("serve", template.serve, essential=True)
-        serve.add_port_mappings(ecs.PortMapping(container_port=template.port))
-        serve.add_container_dependencies(
-            ecs.ContainerDependency(container=fetch, condition=ecs.ContainerDependencyCondition.SUCCESS)
-        )
-        return task
-
-    def _role(self, artifact: Artifact, storage: StorageStack) -> iam.Role:
-        """Return the role of the tasks: it reads their bundle, nothing else.
-
-        It may read every version of the bundle: until a deployment ends, or when the circuit breaker rolls it back,
-        tasks of the version before still start and fetch theirs.
+        Raises:
+            ShipyardError: two artifacts would have the same place in the listener's order.
         """
-        readable = storage.reading(artifact_key(artifact.name, "*") + "*")
-        return iam.Role(
-            self,
-            "Role",
-            assumed_by=iam.ServicePrincipal(
-                "ecs-tasks.amazonaws.com",
-                conditions={"StringEquals": {"aws:SourceAccount": cdk.Stack.of(self).account}},
-            ),
-            inline_policies={"fetch": iam.PolicyDocument(statements=readable)},
+        super().__init__(scope, construct_id)
+        artifacts = release.of("image-context")
+        _check_numbers(artifacts)
+        self.cluster = ecs.Cluster(
+            self, "Cluster", vpc=network.vpc, container_insights_v2=ecs.ContainerInsights.ENABLED
         )
+        capacity = _machines(self, settings, network)
+        self.sizing = Sizing(
+            cpu=settings.cpu,
+            memory_mib=settings.memory_mib,
+            tasks=settings.tasks,
+            max_tasks=settings.max_tasks or settings.tasks * MAX_SCALE,
+            update=settings.update,
+            slow_ms=slow_ms,
+            hours=hours,
+            capacity=capacity,
+        )
+        """How each of the services is sized."""
+        self.balancer = self._balance(network, storage)
+        listener = add_listener(self, "Listener", balancer=self.balancer, port=LISTENER_PORT, network=network)
+        self.url = f"http://{self.balancer.load_balancer_dns_name}"
+        self.services = []
+        for artifact in artifacts:
+            template = read_template(artifact, ImageTemplate, values)
+            service = InferenceService(
+                self,
+                artifact.name,
+                cluster=self.cluster,
+                sizing=self.sizing,
+                settings=settings,
+                artifact=artifact,
+                template=template,
+                storage=storage,
+                network=network,
+                listener=listener,
+                path=f"/{artifact.name}/",
+            )
+            self.services.append(service)
+            if settings.anywhere:
+                AnywhereService(
+                    self,
+                    f"{artifact.name}-anywhere",
+                    cluster=self.cluster,
+                    settings=settings,
+                    artifact=artifact,
+                    template=template,
+                    storage=storage,
+                )
+            if settings.score_at is not None and template.score is not None:
+                score(
+                    self,
+                    f"{artifact.name}-score",
+                    cluster=self.cluster,
+                    settings=settings,
+                    artifact=artifact,
+                    template=template,
+                    storage=storage,
+                    group=service.group,
+                )
+            cdk.CfnOutput(self, f"{artifact.name}-address", value=f"{self.url}/{artifact.name}/")
+        for name, job in settings.job.items():
+            scheduled_job(self, f"job-{name}", job=job, cluster=self.cluster, storage=storage, network=network)
+        if settings.anywhere:
+            cdk.CfnOutput(self, "ClusterName", value=self.cluster.cluster_name)
+            cdk.CfnOutput(self, "MachineRoleName", value=machine_role(self, self.cluster).role_name)
+        cdk.CfnOutput(self, "Release", value=release.version)
 
-    def _balance(
-        self, *, service: ecs.FargateService, template: ImageTemplate, network: NetworkStack
-    ) -> elbv2.ApplicationLoadBalancer:
+    def _balance(self, network: NetworkStack, storage: StorageStack) -> elbv2.ApplicationLoadBalancer:
         group = closed_group(
-            self,
-            "LoadBalancerSecurityGroup",
-            vpc=network.vpc,
-            description="Load balancer in front of the tasks",
+            self, "LoadBalancerSecurityGroup", vpc=network.vpc, description="Load balancer in front of the services"
         )
         balancer = elbv2.ApplicationLoadBalancer(
             self,
@@ -192,26 +124,73 @@ class InferenceService(Construct):
             internet_facing=False,
             security_group=group,
             drop_invalid_header_fields=True,
+            deletion_protection=False,
         )
-        # Plain HTTP: a certificate needs a domain and an issuer that the fleet does not have. The way from client to
-        # task lies inside a VPC without internet, is open to one security group, and carries item numbers and scores.
-        listener = balancer.add_listener(
-            "Listener", port=LISTENER_PORT, protocol=elbv2.ApplicationProtocol.HTTP, open=False
-        )
-        listener.connections.allow_from(network.clients, ec2.Port.tcp(LISTENER_PORT), "Clients of the service")
-        listener.add_targets(
-            "Tasks",
-            port=template.port,
-            protocol=elbv2.ApplicationProtocol.HTTP,
-            targets=[service.load_balancer_target(container_name="serve", container_port=template.port)],
-            deregistration_delay=cdk.Duration.seconds(30),
-            health_check=elbv2.HealthCheck(
-                path=template.health,
-                healthy_http_codes="200",
-                interval=cdk.Duration.seconds(15),
-                timeout=cdk.Duration.seconds(5),
-                healthy_threshold_count=2,
-                unhealthy_threshold_count=3,
-            ),
-        )
+        balancer.log_access_logs(storage.access_log, "balancer")
         return balancer
+
+
+def add_listener(
+    scope: Construct,
+    construct_id: str,
+    *,
+    balancer: elbv2.ApplicationLoadBalancer,
+    port: int,
+    network: NetworkStack,
+) -> elbv2.ApplicationListener:
+    """Return a listener that its rules alone pass anything on from, and that the clients of the network reach.
+
+    Plain HTTP: a certificate needs a domain and an issuer that the fleet does not have. The way from client to task lies
+    inside a VPC without internet, is open to named security groups, and carries item numbers and scores.
+    """
+    listener = elbv2.ApplicationListener(
+        scope,
+        construct_id,
+        load_balancer=balancer,
+        port=port,
+        protocol=elbv2.ApplicationProtocol.HTTP,
+        open=False,
+        default_action=elbv2.ListenerAction.fixed_response(
+            404, content_type="application/json", message_body='{"error": "no such path"}'
+        ),
+    )
+    listener.connections.allow_from(network.clients, ec2.Port.tcp(port), "Clients of the services")
+    return listener
+
+
+def _check_numbers(artifacts: tuple[Artifact, ...]) -> None:
+    """Refuse two artifacts whose names happen to have the same number (infra.service.stable_number)."""
+    for low, count in ((1, 49_999), (20_000, 10_000)):
+        numbers = {artifact.name: stable_number(artifact.name, low, count) for artifact in artifacts}
+        for name, number in numbers.items():
+            if others := [other for other in numbers if other < name and numbers[other] == number]:
+                raise ShipyardError(
+                    f"cpu: {name} and {others[0]} have the same number",
+                    value=number,
+                    mend="rename one of the sub-models",
+                )
+
+
+def _machines(
+    stack: CpuStack, settings: CpuSettings, network: NetworkStack
+) -> ecs.ManagedInstancesCapacityProvider | None:
+    """Return the machines of the cluster, which ECS starts, patches and replaces, or nothing where Fargate serves."""
+    if settings.instance_type is None:
+        return None
+    group = closed_group(stack, "Machines", vpc=network.vpc, description="Machines of the cluster")
+    group.connections.allow_to(network.endpoints, ec2.Port.tcp(443), "ECS, image and logs")
+    group.connections.allow_to(network.s3, ec2.Port.tcp(443), "Image layers from S3")
+    provider = ecs.ManagedInstancesCapacityProvider(
+        stack,
+        "Capacity",
+        subnets=network.vpc.isolated_subnets,
+        security_groups=[group],
+        instance_requirements=ec2.InstanceRequirementsConfig(
+            allowed_instance_types=[settings.instance_type],
+            v_cpu_count_min=1,
+            memory_min=cdk.Size.gibibytes(1),
+        ),
+        propagate_tags=ecs.PropagateManagedInstancesTags.CAPACITY_PROVIDER,
+    )
+    stack.cluster.add_managed_instances_capacity_provider(provider)
+    return provider

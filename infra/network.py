@@ -7,8 +7,8 @@ from aws_cdk import aws_logs as logs
 from constructs import Construct
 
 from infra.storage import StorageStack
-from models.config import Environment
-from models.release import ShipyardError
+from models.config import Environment, Vpc
+from models.release import Release, ShipyardError
 
 # AWS-managed and constant. CloudFormation has no attribute for them and a look-up would need credentials at synth.
 S3_PREFIX_LISTS = {
@@ -30,19 +30,47 @@ S3_PREFIX_LISTS = {
     "us-west-2": "pl-68a54001",
 }
 
-# What Fargate calls to start a task in a subnet without internet. S3 decrypts on its own side, so no task calls KMS.
-INTERFACE_ENDPOINTS = {
-    "EcrApi": ec2.InterfaceVpcEndpointAwsService.ECR,
-    "EcrDocker": ec2.InterfaceVpcEndpointAwsService.ECR_DOCKER,
-    "Logs": ec2.InterfaceVpcEndpointAwsService.CLOUDWATCH_LOGS,
+# What is allowed through an interface endpoint, by service and whoever deploys what needs it. S3 decrypts on its own side,
+# so no task calls KMS. An endpoint without actions here has no policy of its own: its service knows none.
+PULL = (
+    "ecr:BatchCheckLayerAvailability",
+    "ecr:BatchGetImage",
+    "ecr:GetAuthorizationToken",
+    "ecr:GetDownloadUrlForLayer",
+)
+TASKS = {"ecr.api": PULL, "ecr.dkr": PULL, "logs": ("logs:CreateLogStream", "logs:PutLogEvents")}
+MACHINES: dict[str, tuple[str, ...]] = {"ecs": (), "ecs-agent": (), "ecs-telemetry": ()}
+GATEWAY = {
+    "kinesis-firehose": ("firehose:PutRecord", "firehose:PutRecordBatch"),
+    "sagemaker.runtime": ("sagemaker:InvokeEndpoint",),
 }
 
 
-class NetworkStack(cdk.Stack):
-    """Hold a VPC without internet gateway and NAT."""
+def interface_endpoints(settings: Environment, release: Release) -> dict[str, tuple[str, ...]]:
+    """Return the services that what is deployed calls from inside the VPC, with the actions that it calls."""
+    needed: dict[str, tuple[str, ...]] = {}
+    if release.of("image-context") or release.of("gateway") or settings.cpu.job:
+        needed |= TASKS
+        if settings.cpu.instance_type is not None:
+            needed |= MACHINES
+    if release.of("gateway"):
+        needed |= GATEWAY
+    return dict(sorted(needed.items()))
 
-    def __init__(self, scope: Construct, construct_id: str, *, settings: Environment, storage: StorageStack) -> None:
-        """Make the VPC with its endpoints.
+
+class NetworkStack(cdk.Stack):
+    """Hold a VPC without internet gateway and NAT, or what an existing VPC lacks."""
+
+    def __init__(
+        self,
+        scope: Construct,
+        construct_id: str,
+        *,
+        settings: Environment,
+        release: Release,
+        storage: StorageStack,
+    ) -> None:
+        """Make the VPC with the endpoints that the release's services need.
 
         Raises:
             ShipyardError: the prefix list of S3 is not known for the region.
@@ -56,7 +84,47 @@ class NetworkStack(cdk.Stack):
                 allowed=", ".join(S3_PREFIX_LISTS),
                 mend="add the region to S3_PREFIX_LISTS (aws ec2 describe-managed-prefix-lists)",
             )
-        self.vpc = ec2.Vpc(
+        self.vpc = self._existing(settings.vpc) if settings.vpc else self._own(settings, storage)
+        self.route_tables = [subnet.route_table.route_table_id for subnet in self.vpc.isolated_subnets]
+        self.clients = closed_group(
+            self, "Clients", vpc=self.vpc, description="Whoever may call the private services joins this group"
+        )
+        group = closed_group(self, "Endpoints", vpc=self.vpc, description="Interface endpoints")
+        self.endpoints: ec2.IConnectable = group
+        """Where the services' calls of AWS go to."""
+        if settings.vpc is not None:
+            # endpoints that were there are behind groups of their own, which have to let the VPC in as ours does
+            self.endpoints = ec2.Peer.ipv4(settings.cidr)
+            group.add_ingress_rule(self.endpoints, ec2.Port.tcp(443), "The VPC")
+        self.s3 = ec2.Peer.prefix_list(S3_PREFIX_LISTS[settings.region])
+
+        there = settings.vpc.endpoints if settings.vpc else ()
+        if "s3" not in there:
+            self._s3_gateway(settings.region, storage)
+        for service, actions in interface_endpoints(settings, release).items():
+            if service in there:
+                continue
+            endpoint = ec2.InterfaceVpcEndpoint(
+                self,
+                _construct_id(service),
+                vpc=self.vpc,
+                service=ec2.InterfaceVpcEndpointAwsService(service),
+                subnets=ec2.SubnetSelection(subnet_type=ec2.SubnetType.PRIVATE_ISOLATED),
+                security_groups=[group],
+                open=False,
+            )
+            if actions:
+                endpoint.add_to_policy(
+                    iam.PolicyStatement(
+                        principals=[iam.AnyPrincipal()],
+                        actions=list(actions),
+                        resources=["*"],  # roles say which; nobody of another account gets through
+                        conditions={"StringEquals": {"aws:PrincipalAccount": self.account}},
+                    )
+                )
+
+    def _own(self, settings: Environment, storage: StorageStack) -> ec2.Vpc:
+        vpc = ec2.Vpc(
             self,
             "Vpc",
             ip_addresses=ec2.IpAddresses.cidr(settings.cidr),
@@ -67,26 +135,37 @@ class NetworkStack(cdk.Stack):
             # to empty the default group would take a Lambda function; nothing is ever placed into it
             restrict_default_security_group=False,
         )
-        self.vpc.add_flow_log(
-            "FlowLog",
-            destination=ec2.FlowLogDestination.to_cloud_watch_logs(
-                logs.LogGroup(self, "FlowLogGroup", encryption_key=storage.key, retention=logs.RetentionDays.ONE_MONTH)
-            ),
+        group = logs.LogGroup(self, "FlowLogGroup", encryption_key=storage.key, retention=logs.RetentionDays.ONE_MONTH)
+        vpc.add_flow_log("FlowLog", destination=ec2.FlowLogDestination.to_cloud_watch_logs(group))
+        return vpc
+
+    def _existing(self, settings: Vpc) -> ec2.IVpc:
+        """Return the customer's VPC, whose flow logs are the customer's too."""
+        return ec2.Vpc.from_vpc_attributes(
+            self,
+            "Vpc",
+            vpc_id=settings.id,
+            availability_zones=self._zones,
+            isolated_subnet_ids=list(settings.subnets),
+            isolated_subnet_route_table_ids=list(settings.route_tables),
         )
 
-        self.clients = closed_group(
-            self, "Clients", vpc=self.vpc, description="Whoever may call the private services joins this group"
-        )
-        self.endpoints = closed_group(self, "Endpoints", vpc=self.vpc, description="Interface endpoints")
-        self.s3 = ec2.Peer.prefix_list(S3_PREFIX_LISTS[settings.region])
-
-        gateway = self.vpc.add_gateway_endpoint("S3", service=ec2.GatewayVpcEndpointAwsService.S3)
+    def _s3_gateway(self, region: str, storage: StorageStack) -> None:
+        gateway = ec2.GatewayVpcEndpoint(self, "S3", vpc=self.vpc, service=ec2.GatewayVpcEndpointAwsService.S3)
         # an endpoint policy bounds what anyone in the VPC can reach; roles say who may reach it
+        buckets = (storage.bucket, storage.data)
         gateway.add_to_policy(
             iam.PolicyStatement(
                 principals=[iam.AnyPrincipal()],
                 actions=["s3:GetObject", "s3:ListBucket"],
-                resources=[storage.bucket.bucket_arn, storage.bucket.arn_for_objects("*")],
+                resources=[arn for bucket in buckets for arn in (bucket.bucket_arn, bucket.arn_for_objects("*"))],
+            )
+        )
+        gateway.add_to_policy(
+            iam.PolicyStatement(
+                principals=[iam.AnyPrincipal()],
+                actions=["s3:PutObject", "s3:AbortMultipartUpload"],
+                resources=[storage.data.arn_for_objects("*")],
             )
         )
         gateway.add_to_policy(
@@ -94,11 +173,9 @@ class NetworkStack(cdk.Stack):
                 principals=[iam.AnyPrincipal()],
                 actions=["s3:GetObject"],
                 # where ECR keeps the layers of images
-                resources=[f"arn:aws:s3:::prod-{settings.region}-starport-layer-bucket/*"],
+                resources=[f"arn:aws:s3:::prod-{region}-starport-layer-bucket/*"],
             )
         )
-        for name, service in INTERFACE_ENDPOINTS.items():
-            self.vpc.add_interface_endpoint(name, service=service, security_groups=[self.endpoints], open=False)
 
     @property
     def availability_zones(self) -> list[str]:
@@ -108,7 +185,9 @@ class NetworkStack(cdk.Stack):
 
 def closed_group(scope: Construct, construct_id: str, *, vpc: ec2.IVpc, description: str) -> ec2.SecurityGroup:
     """Return a security group that lets nothing in or out until a rule is added to it."""
-    group = ec2.SecurityGroup(scope, construct_id, vpc=vpc, description=description, allow_all_outbound=False)
+    group = ec2.SecurityGroup(
+        scope, construct_id, vpc=vpc, description=description, allow_all_outbound=False, disable_inline_rules=True
+    )
     resource = group.node.default_child
     assert isinstance(resource, ec2.CfnSecurityGroup)
     # EC2 lets a group without outbound rules of its own send anything anywhere. CDK writes a rule that no packet meets
@@ -126,3 +205,8 @@ def closed_group(scope: Construct, construct_id: str, *, vpc: ec2.IVpc, descript
         ],
     )
     return group
+
+
+def _construct_id(service: str) -> str:
+    """Return an id as "EcrApi" for a service as "ecr.api"."""
+    return service.replace("-", " ").replace(".", " ").title().replace(" ", "")

@@ -24,7 +24,10 @@ class TritonTemplate(Settings):
 
 
 class ImageTemplate(Settings):
-    """Say how a container fetches its model into `mount`, serves it on `port`, and where it tells that it is ready."""
+    """Say how a container fetches its model into `mount`, serves it on `port`, and where it tells that it is ready.
+
+    `score` is, for a model that can, the command that answers all the requests that wait in the data bucket.
+    """
 
     environment: dict[str, str]
     fetch: Command
@@ -32,6 +35,7 @@ class ImageTemplate(Settings):
     port: Annotated[int, Field(ge=1024, le=65535)]
     health: AbsolutePath
     mount: AbsolutePath
+    score: Command | None = None
 
 
 class ComponentTemplate(Settings):
@@ -52,12 +56,13 @@ class ComponentTemplate(Settings):
 TemplateType = TypeVar("TemplateType", bound=Settings)
 
 
-def placeholders(env: Environment, *, bucket: str, release: Release, trusted_key: str) -> dict[str, str]:
+def placeholders(env: Environment, *, bucket: str, data: str, release: Release, trusted_key: str) -> dict[str, str]:
     """Return the values that an environment gives to placeholders, by name without the @ around it."""
     return {
         "ACCOUNT": env.account,
         "REGION": env.region,
         "BUCKET": bucket,
+        "DATA": data,
         "RELEASE": release.version,
         "TRUSTED_KEY": trusted_key,
     }

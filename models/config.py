@@ -8,19 +8,24 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from models.places import CpuSettings as CpuSettings
+from models.places import DeliverySettings as DeliverySettings
+from models.places import GatewaySettings as GatewaySettings
+from models.places import GpuSettings as GpuSettings
+from models.places import Hours as Hours
+from models.places import Job as Job
+from models.places import LinkSettings as LinkSettings
+from models.places import ObserveSettings as ObserveSettings
+from models.places import Region
+from models.places import Vpc as Vpc
+from models.settings import Name as Name
+from models.settings import Settings as Settings
 from serve.errors import ShipyardError
 
-Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$", description="a name like edge_recommend")]
 TargetName = Literal["gpu", "cpu", "edge"]
-
-
-class Settings(BaseModel):
-    """A frozen table of fleet.toml that refuses keys that it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
 
 
 class Project(Settings):
@@ -115,7 +120,7 @@ class Profile(Settings):
     test_each: Annotated[int, Field(ge=1)] = 1
     strong_baselines: bool = True
     default_gate: Gate
-    gate: dict[Name, Gate] = {}
+    gate: dict[Name, Gate] = Field(default_factory=dict)
 
 
 class Target(Settings):
@@ -137,37 +142,6 @@ class SubmodelEntry(Settings):
     weight: Annotated[float, Field(gt=0)] = 1.0
 
 
-class GpuSettings(Settings):
-    """Size the public SageMaker endpoint."""
-
-    instance_type: Annotated[
-        str,
-        Field(
-            pattern=r"^ml\.(g4dn|g5|g6|g6e)\.[0-9]*xlarge$",
-            description="a type of ml.g4dn, ml.g5, ml.g6 or ml.g6e, as ml.g5.xlarge",
-        ),
-    ]
-    instances: Annotated[int, Field(ge=1, le=100)] = 1
-
-
-class CpuSettings(Settings):
-    """Size the private cluster: `cpu` in units of 1/1024 vCPU, `memory_mib` in MiB, `image` as name@sha256:digest.
-
-    The repository lies in the environment's own account and region.
-    """
-
-    cpu: Literal[256, 512, 1024, 2048, 4096, 8192, 16384]
-    memory_mib: Annotated[int, Field(ge=512, le=122880)]
-    tasks: Annotated[int, Field(ge=1, le=100)] = 1
-    image: Annotated[
-        str,
-        Field(
-            pattern=r"^[a-z0-9][a-z0-9/_.-]{0,254}@sha256:[0-9a-f]{64}$",
-            description="repository@sha256: and 64 hex digits",
-        ),
-    ]
-
-
 class EdgeSettings(Settings):
     """Name the thing group that receives the components, and the Greengrass versions that are deployed with them."""
 
@@ -179,17 +153,29 @@ class EdgeSettings(Settings):
 
 
 class Environment(Settings):
-    """Describe one environment: where it lies, which release it runs and how large each target is."""
+    """Describe one environment: where it lies, which release it runs and how large each target is.
+
+    `production` holds it to more (infra/checks.py); one that is not may have `hours`. `vpc` is an existing one. `replica` is
+    a second region that artifacts are copied to. Without a table of their own link, observe and delivery have no stack.
+    """
 
     account: Annotated[str, Field(pattern=r"^\d{12}$", description="12 digits")]
-    region: Annotated[str, Field(pattern=r"^[a-z]{2}(-[a-z]+)+-\d$", description="a region, as us-east-1")]
+    region: Region
     # an application load balancer wants two
     zones: Annotated[tuple[str, ...], Field(min_length=2)]
     cidr: Annotated[str, Field(pattern=r"^10\.\d{1,3}\.0\.0/16$", description="10.0.0.0/16 to 10.255.0.0/16")]
     release: str
+    production: bool = False
+    hours: Hours | None = None
+    replica: Region | None = None
+    vpc: Vpc | None = None
     gpu: GpuSettings
     cpu: CpuSettings
     edge: EdgeSettings
+    gateway: GatewaySettings = GatewaySettings()
+    link: LinkSettings | None = None
+    observe: ObserveSettings | None = None
+    delivery: DeliverySettings | None = None
 
 
 class Fleet(Settings):
@@ -211,6 +197,16 @@ class Fleet(Settings):
         """
         env = self.env[name]
         return f"{self.project.name}-{name.replace('_', '-')}-artifacts-{env.account}-{env.region}"
+
+    def replica_bucket(self, name: str) -> str:
+        """Return the name of the copy of an environment's artifact bucket in its second region."""
+        env = self.env[name]
+        return f"{self.project.name}-{name.replace('_', '-')}-artifacts-{env.account}-{env.replica}"
+
+    def data_bucket(self, name: str) -> str:
+        """Return the name of an environment's data bucket: feedback, captured requests and scores."""
+        env = self.env[name]
+        return f"{self.project.name}-{name.replace('_', '-')}-data-{env.account}-{env.region}"
 
 
 def load_fleet(path: Path) -> Fleet:

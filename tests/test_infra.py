@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 import app
-from infra import gpu, network
+from infra import hosting, network
 from infra.template import fill
 from models.config import Environment, load_fleet
 from models.release import (
@@ -36,7 +36,7 @@ CONTEXT = json.loads((ROOT / "cdk.json").read_text())["context"]
 ACCOUNT = "123456789012"
 BUCKET = f"shipyard-dev-artifacts-{ACCOUNT}-us-east-1"
 IMAGE = f"shipyard/recommend@sha256:{'ab' * 32}"
-STACKS = ("storage", "network", "gpu", "cpu", "edge")
+STACKS = ("storage", "network", "gpu", "cpu", "edge", "gateway")
 
 
 # --- a sample release ------------------------------------------------------------------------------------------------
@@ -93,6 +93,17 @@ def recommend(content="1"):
     return made
 
 
+def gateway():
+    template = recommend()["template"] | {
+        "serve": [
+            *("-m", "serve.gateway", "--bundle", "/model", "--artifact", "gateway", "--host", "0.0.0.0"),
+            *("--port", "8080", "--search", "sagemaker:@ENDPOINT@", "--cluster", "@CLUSTER_URL@"),
+            *("--feedback", "firehose:@FEEDBACK_STREAM@"),
+        ]
+    }
+    return artifact("gateway", "cpu", "gateway", template)
+
+
 def edge(kind, **changes):
     name = f"edge-{kind}"
     template = {"recipe": recipe(f"com.example.{kind}", f"artifacts/{name}/part.zip") | changes}
@@ -103,7 +114,7 @@ def edge(kind, **changes):
 
 def sample(key, *artifacts):
     """Return the body of a release with one artifact of each kind, or with the artifacts that are given."""
-    artifacts = artifacts or (search(), recommend(), edge("runtime"), edge("model"))
+    artifacts = artifacts or (search(), recommend(), edge("runtime"), edge("model"), gateway())
     sha256 = "0" * 64
     digests = {"data_sha256": sha256, "base_sha256": sha256, "code_sha256": sha256}
     return {
@@ -140,29 +151,57 @@ def signer(key):
     return key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
 
 
-@pytest.fixture(scope="module")
-def fleet():
-    """The fleet of the repository, with one environment whose values do not change with those of fleet.toml."""
-    env = Environment(
-        account=ACCOUNT,
-        region="us-east-1",
-        zones=("us-east-1a", "us-east-1b"),
-        cidr="10.40.0.0/16",
-        release="unused",
-        gpu={"instance_type": "ml.g5.xlarge", "instances": 2},
-        cpu={"cpu": 1024, "memory_mib": 2048, "tasks": 3, "image": IMAGE},
-        edge={"thing_group": "shipyard-dev", "nucleus_version": "2.16.0", "token_exchange_version": "2.0.3"},
-    )
+ENVIRONMENT = {
+    "account": ACCOUNT,
+    "region": "us-east-1",
+    "zones": ("us-east-1a", "us-east-1b"),
+    "cidr": "10.40.0.0/16",
+    "release": "unused",
+    "gpu": {"instance_type": "ml.g5.xlarge", "instances": 2},
+    "cpu": {"cpu": 1024, "memory_mib": 2048, "tasks": 3, "image": IMAGE},
+    "edge": {"thing_group": "shipyard-dev", "nucleus_version": "2.16.0", "token_exchange_version": "2.0.3"},
+}
+
+
+def fleet_of(**changes):
+    """The fleet of the repository, with one environment whose values do not change with those of fleet.toml.
+
+    A change that is a table is merged into that of the environment.
+    """
+    merged = {
+        key: {**ENVIRONMENT.get(key, {}), **value} if isinstance(value, dict) else value
+        for key, value in changes.items()
+    }
     fleet = load_fleet(ROOT / "fleet.toml")
     project = fleet.project.model_copy(update={"name": "shipyard"})
+    env = Environment(**{**ENVIRONMENT, **merged})
     return fleet.model_copy(update={"project": project, "env": {"dev": env}})
 
 
+def make_stage(*artifacts, shadow=None, **changes):
+    """Build the stacks of a release of these artifacts, for the sample environment with changes."""
+    key = Ed25519PrivateKey.from_private_bytes(b"a key of the tests".ljust(32))
+    signer = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+    return app.FleetStage(
+        cdk.App(context=CONTEXT),
+        "dev",
+        fleet=fleet_of(**changes),
+        release=sign(sample(key, *artifacts), "0.1.0", key),
+        shadow=sign(sample(key, *shadow), "0.1.0", key) if shadow else None,
+        signer=signer,
+    )
+
+
+def template_of(stage, name):
+    return Template.from_stack(stage.node.find_child(name))
+
+
 @pytest.fixture(scope="module")
-def build(fleet, key, signer):
+def build(key, signer):
     """A function from artifacts to the stage of their release."""
 
     def stage(*artifacts, region="us-east-1"):
+        fleet = fleet_of()
         env = fleet.env["dev"].model_copy(update={"region": region})
         return app.FleetStage(
             cdk.App(context=CONTEXT),
@@ -214,9 +253,10 @@ def logical_id(template, kind):
 def plain(value):
     """Return a value in which imports and references of the artifact bucket and the key are plain text."""
     text = json.dumps(value)
-    for what, mark in (("Artifacts82DD59A1Arn", "<bucket>"), ("Key961B73FDArn", "<key>")):
+    named = (("Artifacts82DD59A1Arn", "<bucket>"), ("Data666C94C7Arn", "<data>"), ("Key961B73FDArn", "<key>"))
+    for what, mark in named:
         text = re.sub(rf'\{{"Fn::ImportValue": "[^"]*{what}[^"]*"\}}', f'"{mark}"', text)
-    text = re.sub(r'\{"Fn::Join": \["", \["<bucket>", "([^"]*)"\]\]\}', r'"<bucket>\1"', text)
+    text = re.sub(r'\{"Fn::Join": \["", \["(<bucket>|<data>)", "([^"]*)"\]\]\}', r'"\1\2"', text)
     return json.loads(text)
 
 
@@ -247,6 +287,16 @@ EVERY_RESOURCE = {
     "ecr:GetAuthorizationToken": "the action knows no resource",
     "ec2:DescribeDhcpOptions ec2:DescribeNetworkInterfaces ec2:DescribeSecurityGroups ec2:DescribeSubnets"
     " ec2:DescribeVpcs ecr:GetAuthorizationToken": "the actions know no resource",
+    "ecr:BatchCheckLayerAvailability ecr:BatchGetImage ecr:GetAuthorizationToken ecr:GetDownloadUrlForLayer": (
+        "an endpoint's policy: it bounds accounts and actions, roles name resources"
+    ),
+    "firehose:PutRecord firehose:PutRecordBatch": "an endpoint's policy, as above",
+    "sagemaker:InvokeEndpoint": "an endpoint's policy, as above",
+    "logs:CreateLogStream logs:PutLogEvents": "an endpoint's policy, as above",
+    "elasticloadbalancing:DescribeListeners elasticloadbalancing:DescribeRules"
+    " elasticloadbalancing:DescribeTargetGroups elasticloadbalancing:DescribeTargetHealth": (
+        "the actions know no resource"
+    ),
     "cloudwatch:PutMetricData": "the action knows no resource; its namespaces are bounded by a condition",
     "greengrass:GetComponentVersionArtifact greengrass:GetDeploymentConfiguration"
     " greengrass:ListThingGroupsForCoreDevice greengrass:ResolveComponentCandidates": (
@@ -338,10 +388,11 @@ def test_stacks_have_names_and_an_order(stage):
         "gpu": {"storage", "network"},
         "cpu": {"storage", "network"},
         "edge": {"storage"},
+        "gateway": {"storage", "network", "gpu", "cpu"},
     }
 
 
-@pytest.mark.parametrize("name", ("gpu", "cpu", "edge"))
+@pytest.mark.parametrize("name", ("gpu", "cpu", "edge", "gateway"))
 def test_release_is_an_output(templates, version, name):
     templates[name].has_output("Release", {"Value": version})
 
@@ -378,7 +429,7 @@ def test_artifact_bucket(templates):
 
 def test_every_bucket_is_private_and_wants_tls(templates):
     buckets = templates["storage"].find_resources("AWS::S3::Bucket")
-    assert len(buckets) == 2
+    assert len(buckets) == 3
     for bucket in buckets.values():
         assert bucket["DeletionPolicy"] == bucket["UpdateReplacePolicy"] == "Retain"
         assert set(bucket["Properties"]["PublicAccessBlockConfiguration"].values()) == {True}
@@ -434,7 +485,8 @@ def test_key_rotates_and_serves_this_environments_logs(templates):
     owner, service = key["KeyPolicy"]["Statement"]
     assert owner["Principal"] == {"AWS": f"arn:aws:iam::{ACCOUNT}:root"}
     assert service["Principal"] == {"Service": "logs.us-east-1.amazonaws.com"}
-    groups = f"arn:aws:logs:us-east-1:{ACCOUNT}:log-group:shipyard-dev-*"
+    start = f"arn:aws:logs:us-east-1:{ACCOUNT}:log-group"
+    groups = [f"{start}:shipyard-dev-*", f"{start}:/aws/sagemaker/Endpoints/shipyard-dev-*"]
     assert service["Condition"] == {"ArnLike": {"kms:EncryptionContext:aws:logs:arn": groups}}
 
 
@@ -454,14 +506,16 @@ def test_vpc_has_no_way_to_the_internet(templates):
 def test_endpoints_are_those_that_are_needed(templates):
     endpoints = [e["Properties"] for e in templates["network"].find_resources("AWS::EC2::VPCEndpoint").values()]
     interfaces = {e["ServiceName"]: e for e in endpoints if e["VpcEndpointType"] == "Interface"}
-    assert interfaces.keys() == {f"com.amazonaws.us-east-1.{name}" for name in ("ecr.api", "ecr.dkr", "logs")}
+    services = ("ecr.api", "ecr.dkr", "logs", "kinesis-firehose", "sagemaker.runtime")
+    assert interfaces.keys() == {f"com.amazonaws.us-east-1.{name}" for name in services}
     for endpoint in interfaces.values():
         assert endpoint["PrivateDnsEnabled"] is True
         assert len(endpoint["SecurityGroupIds"]) == 1
     (gateway,) = [e for e in endpoints if e["VpcEndpointType"] == "Gateway"]
     allowed = plain(gateway["PolicyDocument"]["Statement"])
     assert [(s["Action"], s["Resource"]) for s in allowed] == [
-        (["s3:GetObject", "s3:ListBucket"], ["<bucket>", "<bucket>/*"]),
+        (["s3:GetObject", "s3:ListBucket"], ["<bucket>", "<data>", "<bucket>/*", "<data>/*"]),
+        (["s3:AbortMultipartUpload", "s3:PutObject"], "<data>/*"),
         ("s3:GetObject", "arn:aws:s3:::prod-us-east-1-starport-layer-bucket/*"),
     ]
     assert len(gateway["RouteTableIds"]) == 2
@@ -576,8 +630,8 @@ def test_task_fetches_then_serves(templates, key, signer):
 def test_task_role_reads_its_artifact_alone(templates):
     (role,) = [
         role["Properties"]
-        for role in templates["cpu"].find_resources("AWS::IAM::Role").values()
-        if "Policies" in role["Properties"]
+        for name, role in templates["cpu"].find_resources("AWS::IAM::Role").items()
+        if name.startswith("recommendRole")
     ]
     through_s3 = {"StringEquals": {"kms:ViaService": "s3.us-east-1.amazonaws.com"}}
     assert statements(role) == {
@@ -598,6 +652,14 @@ def test_service_rolls_back_and_is_private(templates):
     assert service["LaunchType"] == "FARGATE"
     assert "DesiredCount" not in service
     assert service["DeploymentConfiguration"] == {
+        "Alarms": {
+            "AlarmNames": [{"Ref": name} for name in templates["cpu"].find_resources("AWS::CloudWatch::Alarm")],
+            "Enable": True,
+            "Rollback": True,
+        },
+        "BakeTimeInMinutes": 10,
+        "CanaryConfiguration": {"CanaryBakeTimeInMinutes": 5, "CanaryPercent": 10},
+        "Strategy": "CANARY",
         "DeploymentCircuitBreaker": {"Enable": True, "Rollback": True},
         "MinimumHealthyPercent": 100,
         "MaximumPercent": 200,
@@ -607,8 +669,9 @@ def test_service_rolls_back_and_is_private(templates):
     assert len(place["Subnets"]) == 2
     balancer = only(templates["cpu"], "AWS::ElasticLoadBalancingV2::LoadBalancer")
     assert (balancer["Scheme"], balancer["Type"]) == ("internal", "application")
-    targets = only(templates["cpu"], "AWS::ElasticLoadBalancingV2::TargetGroup")
-    assert (targets["HealthCheckPath"], targets["Port"], targets["TargetType"]) == ("/readyz", 8080, "ip")
+    for group in templates["cpu"].find_resources("AWS::ElasticLoadBalancingV2::TargetGroup").values():
+        targets = group["Properties"]
+        assert (targets["HealthCheckPath"], targets["Port"], targets["TargetType"]) == ("/readyz", 8080, "ip")
 
 
 def test_service_scales_from_its_tasks_to_four_times_as_many(templates):
@@ -624,9 +687,10 @@ def test_only_clients_reach_the_load_balancer_and_only_it_the_tasks(templates):
         return value["Fn::GetAtt"][0] if "Fn::GetAtt" in value else re.search(r"(Clients|Endpoints)", str(value))[0]
 
     ingress = [r["Properties"] for r in templates["cpu"].find_resources("AWS::EC2::SecurityGroupIngress").values()]
-    tasks, balancer = "recommendSecurityGroup0D746A0F", "recommendLoadBalancerSecurityGroup6A494EBF"
+    tasks, balancer = "recommendSecurityGroup0D746A0F", "LoadBalancerSecurityGroup3036A0FC"
     assert {(group(r["SourceSecurityGroupId"]), group(r["GroupId"]), r["ToPort"]) for r in ingress} == {
         ("Clients", balancer, 80),
+        ("Clients", balancer, 8080),
         (balancer, tasks, 8080),
         (tasks, "Endpoints", 443),
     }
@@ -713,7 +777,7 @@ def changed(before, after):
 
 
 def test_new_search_artifact_replaces_model_and_config(build, bodies):
-    after = read(build(search("2"), recommend(), edge("runtime"), edge("model")))
+    after = read(build(search("2"), recommend(), edge("runtime"), edge("model"), gateway()))
     # the configuration refers to the model and the endpoint to the configuration, so CloudFormation follows the chain
     assert changed(bodies, after) == {
         "storage": set(),
@@ -721,22 +785,24 @@ def test_new_search_artifact_replaces_model_and_config(build, bodies):
         "gpu": {logical_id(after["gpu"], "AWS::SageMaker::Model")},
         "cpu": set(),
         "edge": set(),
+        "gateway": set(),
     }
 
 
 def test_new_recommend_artifact_changes_the_task_definition_alone(build, bodies):
-    after = read(build(search(), recommend("2"), edge("runtime"), edge("model")))
+    after = read(build(search(), recommend("2"), edge("runtime"), edge("model"), gateway()))
     assert changed(bodies, after) == {
         "storage": set(),
         "network": set(),
         "gpu": set(),
         "cpu": {logical_id(after["cpu"], "AWS::ECS::TaskDefinition")},
         "edge": set(),
+        "gateway": set(),
     }
 
 
 def test_new_component_changes_its_version_alone(build, bodies):
-    after = read(build(search(), recommend(), edge("runtime"), edge("model", ComponentVersion="0.2.0")))
+    after = read(build(search(), recommend(), edge("runtime"), edge("model", ComponentVersion="0.2.0"), gateway()))
     assert changed(bodies, after)["edge"] == {"edgemodel"}
 
 
@@ -783,7 +849,7 @@ def test_unknown_region_is_an_error(build, monkeypatch):
 
 
 def test_every_region_of_the_network_has_a_triton_image():
-    assert network.S3_PREFIX_LISTS.keys() <= gpu.TRITON_ACCOUNTS.keys()
+    assert network.S3_PREFIX_LISTS.keys() <= hosting.TRITON_ACCOUNTS.keys()
 
 
 def synthesize(path, **context):
