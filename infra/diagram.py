@@ -19,7 +19,6 @@ SHOWN = {
     "AWS::ECS::Cluster": "ECS cluster",
     "AWS::ECS::Service": "ECS service",
     "AWS::ElasticLoadBalancingV2::LoadBalancer": "load balancer",
-    "AWS::Events::Rule": "schedule",
     "AWS::GreengrassV2::ComponentVersion": "component",
     "AWS::GreengrassV2::Deployment": "deployment",
     "AWS::IoT::ThingGroup": "thing group",
@@ -38,17 +37,30 @@ SHOWN = {
 
 # nearly everything lies in it: its arrows would cover the others
 _NO_ARROWS_TO = {"AWS::EC2::VPC", "AWS::KMS::Key"}
-_EXPORT = re.compile(r":ExportsOutput(?:Ref|FnGetAtt)([A-Za-z0-9]+)$")
+# what only joins others: an arrow from the first of them to the rest
+_JOINS = {"AWS::ApiGatewayV2::Integration": "AWS::ApiGatewayV2::Api"}
+# names that are plain text, so that others tell them without a reference
+_NAMES = ("BucketName", "DeliveryStreamName", "EndpointName")
 
 
 def diagram(templates: Mapping[str, Template]) -> str:
     """Return a Mermaid flowchart of the templates of an environment, given by the ids of their stacks."""
+    kinds = {(s, n): r["Type"] for s, template in templates.items() for n, r in template["Resources"].items()}
+    named = {
+        resource["Properties"][key]: (stack, name)
+        for stack, template in templates.items()
+        for name, resource in template["Resources"].items()
+        for key in _NAMES
+        if isinstance(resource.get("Properties", {}).get(key), str)
+    }
     used = {
-        (stack, name): set(_uses(templates, stack, resource))
+        (stack, name): set(_uses(templates, stack, resource, named)) - {(stack, name)}
         for stack, template in templates.items()
         for name, resource in template["Resources"].items()
     }
-    kinds = {place: templates[place[0]]["Resources"][place[1]]["Type"] for place in used}
+    for place, others in list(used.items()):
+        for first in [other for other in others if kinds.get(other) == _JOINS.get(kinds[place], "")]:
+            used[first] |= others - {first}
     lines = ["flowchart LR"]
     for stack, template in templates.items():
         drawn = [
@@ -66,10 +78,15 @@ def diagram(templates: Mapping[str, Template]) -> str:
 
 
 def path(name: str, resource: Mapping[str, Any]) -> str:
-    """Return the construct's path within its stack, as search/Endpoint, or the logical id where it is not told."""
+    """Return the construct's path within its stack, as search/Endpoint, or what the logical id tells of it."""
     told: str = resource.get("Metadata", {}).get("aws:cdk:path", "")
     parts = [part for part in told.split("/")[2:] if part not in ("Resource", "Default")]
-    return "/".join(parts) or name
+    return "/".join(parts) or readable(name)
+
+
+def readable(name: str) -> str:
+    """Return a logical id without the digits of a hash that the CDK puts at its end."""
+    return re.sub(r"(?<=.)[0-9A-F]{8}$", "", name)
 
 
 def _reach(
@@ -89,11 +106,15 @@ def _reach(
     return found
 
 
-def _uses(templates: Mapping[str, Template], stack: str, value: Any) -> Iterator[tuple[str, str]]:
-    """Yield the resources that a part of a template refers to, in its own stack or by an export of another one."""
+def _uses(
+    templates: Mapping[str, Template], stack: str, value: Any, named: Mapping[str, tuple[str, str]]
+) -> Iterator[tuple[str, str]]:
+    """Yield the resources that a part of a template refers to: in its own stack, by another's export, or by name."""
     if isinstance(value, list):
         for item in value:
-            yield from _uses(templates, stack, item)
+            yield from _uses(templates, stack, item, named)
+    elif isinstance(value, str):
+        yield from (place for name, place in named.items() if name in value)
     elif isinstance(value, dict):
         if isinstance(value.get("Ref"), str):
             yield stack, value["Ref"]
@@ -103,11 +124,11 @@ def _uses(templates: Mapping[str, Template], stack: str, value: Any) -> Iterator
             yield from _exporter(templates, str(value["Fn::ImportValue"]))
         else:
             for item in value.values():
-                yield from _uses(templates, stack, item)
+                yield from _uses(templates, stack, item, named)
 
 
 def _exporter(templates: Mapping[str, Template], export: str) -> Iterator[tuple[str, str]]:
     for stack, template in templates.items():
         for output in template.get("Outputs", {}).values():
             if output.get("Export", {}).get("Name") == export:
-                yield from _uses(templates, stack, output["Value"])
+                yield from _uses(templates, stack, output["Value"], {})

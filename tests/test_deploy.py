@@ -136,15 +136,9 @@ def test_a_recorded_type_is_asserted_on_by_the_test_that_is_named(kind):
     file, _, name = RECORDED[kind].partition("::")
     source = (ROOT / "tests" / file).read_text()
     [function] = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == name]
-    assert f'"{kind}"' in ast.unparse(function).replace("'", '"')
-    assert any(isinstance(node, ast.Assert) for node in ast.walk(function)) or "has_resource" in ast.unparse(function)
-
-
-def test_role_alias_is_that_of_the_devices_role():
-    resources = json.loads((ROOT / "tests" / "snapshots" / "edge.json").read_text())["Resources"]
-    [alias] = [r["Properties"] for r in resources.values() if r["Type"] == "AWS::IoT::RoleAlias"]
-    [role] = [name for name, r in resources.items() if r["Type"] == "AWS::IAM::Role"]
-    assert alias["RoleArn"] == {"Fn::GetAtt": [role, "Arn"]}
+    text = ast.unparse(function)
+    assert repr(kind) in text
+    assert "assert " in text or "has_resource" in text
 
 
 def test_what_is_recorded_is_not_imitated():

@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from moto.cloudformation import parsing
-from moto.cloudformation.exceptions import ValidationError
+from moto.cloudformation.exceptions import UnformattedGetAttTemplateException
 from moto.cloudformation.models import CloudFormationBackend, Stack
 from moto.core.common_models import CloudFormationModel
 from moto.ec2.models.route_tables import RouteTable
@@ -166,14 +166,16 @@ def lift() -> None:
     known, types = parsing.resource_class_from_type, frozenset(modelled())
 
     def clean_json(value: Any, resources: Any) -> Any:
-        try:
+        if not isinstance(value, dict) or "Fn::GetAtt" not in value:
             return clean(value, resources)
-        except ValidationError:
+        name, attribute = value["Fn::GetAtt"]
+        resource = resources[name]
+        try:
+            return resource.get_cfn_attribute(attribute)
+        except (AttributeError, NotImplementedError, UnformattedGetAttTemplateException):
             # an attribute that moto does not model, of a type that it does
-            if not isinstance(value, dict) or "Fn::GetAtt" not in value:
-                raise
-            name, attribute = value["Fn::GetAtt"]
-            return f"{resources[name].physical_resource_id}-{attribute.lower()}"
+            identity: str = resource.physical_resource_id
+            return identity if attribute.endswith("Arn") else f"{identity}-{attribute.lower()}"
 
     def resource_class(kind: str) -> Any:
         return known(kind) if kind in types else Recorded
