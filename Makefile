@@ -7,10 +7,10 @@ SHIPYARD := $(BIN)/shipyard
 export JSII_SILENCE_WARNING_END_OF_LIFE_NODE_VERSION ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help setup release report compare synth bench-synth test lint clean
+.PHONY: help setup release report compare synth bench-synth test lint clean deploy-local docs
 
 help: ## list the verbs
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.complete node_modules/.complete ## make .venv from constraints.txt and install the pinned CDK CLI
 
@@ -38,6 +38,12 @@ synth: setup ## synthesize every environment of fleet.toml into cdk.out/
 
 bench-synth: setup ## one environment's synth against an empty app's, in turns (ENV=prod)
 	$(BIN)/python tests/bench_synth.py $(ENV)
+
+deploy-local: setup ## make a release, then deploy, update, roll back and destroy dev on this machine (PROFILE=quick)
+	$(SHIPYARD) deploy-local --profile $(PROFILE)
+
+docs: setup ## write docs/stacks.md, the diagram and tables of all stacks, from their templates
+	SHIPYARD_UPDATE_DOCS=1 $(BIN)/python -m pytest --quiet tests/test_stacks.py
 
 test: setup lint ## all tests, on a small profile of the real data
 	$(BIN)/python -m pytest

@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from models.config import Fleet, load_fleet
-from models.release import Release, read_release
+from models.release import Release, Signer, read_release
 from serve.errors import ShipyardError
 from serve.trust import MANIFEST, load_keys
 from shipyard.console import Reporter, print_release, print_stage, release_markdown
@@ -59,6 +59,7 @@ HELP = {
     "quantise": "write each graph in its target's precision and hold the gate again",
     "bundle": "make each target's artifact, reproducible to the byte",
     "release": "do all of it, sign, upload, write the release file, synthesize the stacks",
+    "deploy-local": "make a release and deploy, update, roll back and destroy an environment on this machine",
     "report": "write the figures of a profile as one page, build/PROFILE/report.html",
     "compare": "tune the text tower by several methods and compare them on validation",
     "publish": "verify a local release and copy it into releases/",
@@ -102,8 +103,13 @@ def parser() -> argparse.ArgumentParser:
         add(verb, sizes, more=" Runs the stages before it as far as they are not done.")
     making = add("release", sizes)
     making.add_argument("--to", default=None, metavar="STORE", help="a folder or s3://bucket (default: build/store)")
-    making.add_argument("--key", default=None, help="private key in PEM, or kms:KEY for one in AWS KMS (default: "
-                        "$XDG_CONFIG_HOME/shipyard/signing.pem, or ~/.config, made on first use)")  # fmt: skip
+    rehearsing = add("deploy-local", sizes, more=" The CDK CLI is the real one, AWS an imitation on loopback.")
+    for one in (making, rehearsing):
+        one.add_argument("--key", default=None, help="private key in PEM, or kms:KEY for one in AWS KMS (default: "
+                         "$XDG_CONFIG_HOME/shipyard/signing.pem, or ~/.config, made on first use)")  # fmt: skip
+    rehearsing.add_argument("--env", default="dev", help="environment of fleet.toml (default: dev)")
+    rehearsing.add_argument("--next", type=Path, help="file of the release to update to, its artifacts in build/store "
+                            "(default: the one that was made, with the scores of search doubled)")  # fmt: skip
     making.add_argument("--no-synth", action="store_true", help="stop after the release file")
     add("report", sizes, more=" Runs the stages before it as far as they are not done.")
     comparing = add("compare", sizes, more=" Each method is a stage in a process of its own.")
@@ -218,7 +224,7 @@ def _make(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, rep
             importlib.import_module("shipyard.comparison").print_comparison(compared)
         reporter.line(f"page     {page}")
         return 0
-    if chosen.verb != "release":
+    if chosen.verb not in ("release", "deploy-local"):
         records = line.until(chosen.verb)
         said = {unit: record.said for unit, record in records.items()}
         if chosen.json or not print_stage(chosen.verb, said):
@@ -230,6 +236,9 @@ def _make(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, rep
         reporter.line(f"makes    a signing key, {key_file}")
     # read before hours of training, not after
     key = open_key(chosen.key, key_file)
+    if chosen.verb == "deploy-local":
+        path, _ = release(line, key, str(build / "store"))
+        return _deploy_local(chosen, path, key, build, reporter)
     path, found = release(line, key, chosen.to or str(build / "store"))
     if not chosen.no_synth:
         _synth(chosen.fleet, build / chosen.profile / "cdk.out", reporter, release=path)
@@ -279,6 +288,18 @@ def _collect(chosen: argparse.Namespace, fleet: Fleet, folders: Sequence[Path], 
     for item in found:
         print(f"{item.key}  {item.bytes} bytes, {item.days:.0f} days")
     reporter.line(f"{'deleted' if chosen.delete else 'unused'}  {len(found)} objects, {size} bytes")
+    return 0
+
+
+def _deploy_local(chosen: argparse.Namespace, release: Path, key: Signer, build: Path, reporter: Reporter) -> int:
+    """Walk an environment's whole life on this machine and tell each step."""
+    cycle = importlib.import_module("shipyard.local.cycle")
+    told, out = {}, build / chosen.profile / "deploy-local"
+    for name, found in cycle.rehearse(chosen.fleet, chosen.env, release, chosen.next, key, build / "store", out):
+        told[name] = found
+        reporter.line(f"{name:<22}{cycle.sentence(found)}")
+    if chosen.json:
+        print(json.dumps(told))
     return 0
 
 

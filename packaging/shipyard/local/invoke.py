@@ -1,0 +1,122 @@
+"""Ask what is deployed, and hold the answers to the golden ones of the bundles."""
+
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from botocore.exceptions import ClientError
+
+from models.release import Artifact
+from serve.errors import ShipyardError
+from serve.files import read_json
+from serve.runtime import PLURALS, Model
+from serve.trust import MANIFEST
+from shipyard.local import tasks
+from shipyard.local.cloud import Cloud
+
+TOLERANCE = 2e-3
+"""Largest difference of a score from the golden one, as a part of the largest: processors round sums differently."""
+COMPARED = 5
+
+Answers = list[list[tuple[Any, float]]]
+"""The first places of each golden request: what is ranked, and its score."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A SageMaker endpoint, and where in the bucket its model lies."""
+
+    name: str
+    uri: str
+
+
+def endpoints(cloud: Cloud) -> dict[str, Endpoint]:
+    """Return the account's endpoints by the name of the artifact that each serves.
+
+    Raises:
+        ShipyardError: one is not in service.
+    """
+    sagemaker, found = cloud.client("sagemaker"), {}
+    for told in sagemaker.list_endpoints()["Endpoints"]:
+        endpoint = sagemaker.describe_endpoint(EndpointName=told["EndpointName"])
+        if endpoint["EndpointStatus"] != "InService":
+            raise ShipyardError(f"{told['EndpointName']}: not in service", value=endpoint["EndpointStatus"])
+        config = sagemaker.describe_endpoint_config(EndpointConfigName=endpoint["EndpointConfigName"])
+        container = sagemaker.describe_model(ModelName=config["ProductionVariants"][0]["ModelName"])["PrimaryContainer"]
+        name = container["Environment"]["SAGEMAKER_TRITON_DEFAULT_MODEL_NAME"]
+        found[name] = Endpoint(told["EndpointName"], container["ModelDataSource"]["S3DataSource"]["S3Uri"])
+    return found
+
+
+def ask(cloud: Cloud, artifacts: tuple[Artifact, ...], store: Path, scratch: Path) -> dict[str, Answers]:
+    """Ask the golden requests of each artifact where it is deployed, all of them at once; return the answers by artifact.
+
+    `store` is the folder that the artifacts were uploaded from: clients take the tokenizer and images the code of there.
+
+    Raises:
+        ShipyardError: one is not deployed, does not serve, or answers otherwise than its bundle says.
+    """
+    deployed, served = endpoints(cloud), tasks.services(cloud)
+
+    def one(artifact: Artifact) -> Answers:
+        code = store / artifact.key
+        manifest = read_json(code / MANIFEST)
+        requests = [golden["request"] for golden in manifest["golden"]]
+        if artifact.kind == "triton":
+            answers = _ask_endpoint(cloud, deployed[artifact.name], Model(code, manifest), requests)
+        else:
+            containers, bundle = served[artifact.name], scratch / artifact.name / "bundle"
+            bundle.mkdir(parents=True)
+            tasks.fetch(cloud, containers["fetch"], code, bundle)
+            log = bundle.with_name("serve.log")
+            with tasks.serve(cloud, containers["serve"], code, bundle, log) as url:
+                found = tasks.ask(containers["serve"], url, manifest["task"], requests)
+            answers = [_places(answer, manifest["level"]) for answer in found]
+        _compare(artifact.name, manifest, answers)
+        return answers
+
+    if missing := sorted({artifact.name for artifact in artifacts} - deployed.keys() - served.keys()):
+        raise ShipyardError("not deployed", value=", ".join(missing), allowed=", ".join([*deployed, *served]))
+    with ThreadPoolExecutor() as pool:
+        return dict(zip([artifact.name for artifact in artifacts], pool.map(one, artifacts), strict=True))
+
+
+def _ask_endpoint(cloud: Cloud, endpoint: Endpoint, model: Model, requests: list[Any]) -> Answers:
+    """Send requests to an endpoint as tensors, in KServe's JSON form."""
+    client, answers = cloud.client("sagemaker-runtime"), []
+    for request in requests:
+        tensors = [
+            {
+                "name": name,
+                "shape": list(values.shape),
+                "datatype": "FP32" if values.dtype.kind == "f" else "INT64",
+                "data": values.ravel().tolist(),
+            }
+            for name, values in model.encode([request]).items()
+        ]
+        body = json.dumps({"inputs": tensors}).encode()
+        try:
+            answer = client.invoke_endpoint(EndpointName=endpoint.name, ContentType="application/json", Body=body)
+        except ClientError as fault:
+            raise ShipyardError(f"{endpoint.name}: {fault}") from None
+        outputs = {output["name"]: output["data"] for output in json.loads(answer["Body"].read())["outputs"]}
+        pairs = zip(outputs["rows"][:COMPARED], outputs["scores"], strict=False)
+        answers.append([(model.answers[row - 1], score) for row, score in pairs])
+    return answers
+
+
+def _places(answer: Mapping[str, Any], level: str) -> list[tuple[Any, float]]:
+    return [(found[level], found["score"]) for found in answer[PLURALS[level]][:COMPARED]]
+
+
+def _compare(name: str, manifest: Mapping[str, Any], answers: Answers) -> None:
+    """Refuse scores that are not those of the bundle's golden answers; places of nearly equal scores may change."""
+    for golden, got in zip(manifest["golden"], answers, strict=True):
+        expected = _places(golden["answer"], manifest["level"])
+        largest = max(1.0, *(abs(score) for _, score in expected))
+        for (_, score), (_, wanted) in zip(got, expected, strict=True):
+            if not abs(score - wanted) <= TOLERANCE * largest:
+                raise ShipyardError(f"{name}: another answer than its bundle's", value=score, allowed=wanted)
