@@ -369,7 +369,7 @@ def compare_snapshot(name, body):
     text = json.dumps(body, indent=1, sort_keys=True) + "\n"
     for pattern, mask in (
         (r"ssh-ed25519 [A-Za-z0-9+/=]+", "<key>"),
-        (r"[0-9a-f]{16}:[A-Za-z0-9+/]+=*", "<attestation>"),
+        (r"[0-9a-f]{16}:[0-9]+:[A-Za-z0-9+/]+=*", "<attestation>"),
         (r"\d+\.\d+\.\d+-g[0-9a-f]{12}", "<version>"),
         (r"\b[0-9a-f]{64}\b", "<sha256>"),
         (r"`[0-9a-f]{12}`", "`<digest>`"),

@@ -23,6 +23,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from models.release import attest
+from serve.engine import ENGINE
 from serve.errors import ShipyardError
 from serve.files import sha256_file
 from serve.history import FEATURES, LIMIT, MOST_OFFERS, OFFER
@@ -148,7 +149,7 @@ def make_bundle(folder, *, search=False, offers=True, level="product", catalogue
         ],
         "returned": ITEMS,
         "precision": "fp32",
-        "engine": {"name": "onnxruntime", "minimum": "1.23", "ir_version": 10, "opset": 20},
+        "engine": ENGINE | {"ir_version": 10, "opset": 20},
         "facts": {},
         "golden": [],
     }
