@@ -69,7 +69,7 @@ def test_help_tells_the_flow_the_verbs_and_the_exit_codes(run, command):
     result = run("--help", command=command)
     assert (result.returncode, result.stderr) == (0, "")
     for verb, text in HELP.items():
-        assert f"\n    {verb} " in result.stdout
+        assert f"\n    {verb}" in result.stdout
         assert text in result.stdout
     assert "data -> finetune -> evaluate -> split -> export -> quantise -> bundle -> release -> synth" in result.stdout
     assert "exit codes: 0 done; 1 an error" in result.stdout
