@@ -1,8 +1,8 @@
 """Quantise: the form that a target serves, chosen from a small grid, each held to the loss of the metric and to rank.
 
-Of the forms that hold, the smallest is taken. Latency refuses what is more than twice as slow as fp32 and decides nothing
-else, for a clock would choose otherwise on another day, and the same inputs would have another bundle. The grid's other
-forms stay in the record with their figures.
+Of the forms that hold, the smallest is taken, of equally small ones the first in the grid. Latency is recorded and decides
+nothing: a clock would choose otherwise on another day, and the same inputs would have another bundle. The grid's other forms
+stay in the record with their figures.
 """
 
 import platform
@@ -29,9 +29,6 @@ LEAST_ORDER = 0.8
 SAME = 1e-3
 """Largest difference of a score between a request alone and in a batch, relative to the largest score."""
 
-SLOWEST = 2.0
-"""Latency that a form may have, in that of fp32, and a millisecond more: less is this machine's noise."""
-
 
 def quantise(
     data: Path, exported: Path, base: Path, target: Target, name: str, examples: int, out: Path
@@ -43,8 +40,8 @@ def quantise(
         they were `refused`, if so, of the `tables` alone, and the `machine` that was measured on.
 
     Raises:
-        ShipyardError: no form holds: the metric loses more than `target.max_loss`, the order changes, a batch changes an
-            answer, or it is too slow.
+        ShipyardError: no form holds: the metric loses more than `target.max_loss`, the order changes, or a batch changes
+            an answer.
     """
     source = exported / "model.onnx"
     model = onnx.load(source)
@@ -128,8 +125,6 @@ class _Judge:
             refused = f"{order:.1%} of the first ten places are equal; {LEAST_ORDER:.0%} or more"
         elif not alone <= SAME:
             refused = f"a score changes by {alone:.1e} with the batch that it comes in; {SAME} at most"
-        elif not took <= (most := round(SLOWEST * self.latency_ms + 1, 3)):
-            refused = f"{took} ms a request; {most} ms at most, for fp32 takes {self.latency_ms}"
         return {
             "form": form.name, "precision": form.precision, "bytes": file.stat().st_size, "parity": parity,
             "order": order, "loss": loss, "latency_ms": took, "alone": alone, "refused": refused,
