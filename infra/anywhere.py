@@ -6,6 +6,7 @@ from aws_cdk import aws_iam as iam
 from constructs import Construct
 
 from infra.findings import WILDCARD, acknowledge
+from infra.principals import own_service
 from infra.service import stable_number
 from infra.storage import StorageStack
 from infra.task import Place, bundle_task
@@ -67,7 +68,6 @@ def machine_role(scope: Construct, cluster: ecs.Cluster) -> iam.Role:
     It is the part that is needed of AmazonSSMManagedInstanceCore and AmazonEC2ContainerServiceforEC2Role (ECS developer
     guide, "Amazon ECS Anywhere IAM role"). Images are pulled and logs are written by each task's execution role.
     """
-    stack = cdk.Stack.of(scope)
     statements = [
         iam.PolicyStatement(
             actions=[
@@ -104,9 +104,7 @@ def machine_role(scope: Construct, cluster: ecs.Cluster) -> iam.Role:
     role = iam.Role(
         scope,
         "MachineRole",
-        assumed_by=iam.ServicePrincipal(
-            "ssm.amazonaws.com", conditions={"StringEquals": {"aws:SourceAccount": stack.account}}
-        ),
+        assumed_by=own_service(scope, "ssm.amazonaws.com"),
         inline_policies={"machine": iam.PolicyDocument(statements=statements)},
     )
     acknowledge(

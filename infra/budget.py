@@ -5,6 +5,7 @@ from aws_cdk import aws_budgets as budgets
 from aws_cdk import aws_iam as iam
 from constructs import Construct
 
+from infra.principals import own_service
 from models.config import ObserveSettings
 
 EXECUTION_ROLE = "cdk-hnb659fds-cfn-exec-role"  # with which CloudFormation acts, as `cdk bootstrap` names it
@@ -79,9 +80,7 @@ class Budget(Construct):
         return iam.Role(
             self,
             "Actor",
-            assumed_by=iam.ServicePrincipal(
-                "budgets.amazonaws.com", conditions={"StringEquals": {"aws:SourceAccount": stack.account}}
-            ),
+            assumed_by=own_service(self, "budgets.amazonaws.com"),
             inline_policies={
                 "stop": iam.PolicyDocument(
                     statements=[

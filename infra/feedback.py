@@ -7,6 +7,7 @@ from aws_cdk import aws_logs as logs
 from constructs import Construct
 
 from infra.findings import WILDCARD, acknowledge
+from infra.principals import own_service
 from infra.storage import StorageStack
 
 FEEDBACK = "feedback/"  # below it, in the data bucket, a folder a day of JSON lines (docs/data.md), gzipped
@@ -37,9 +38,7 @@ class FeedbackStream(Construct):
         role = iam.Role(
             self,
             "Role",
-            assumed_by=iam.ServicePrincipal(
-                "firehose.amazonaws.com", conditions={"StringEquals": {"aws:SourceAccount": stack.account}}
-            ),
+            assumed_by=own_service(self, "firehose.amazonaws.com"),
             inline_policies={"deliver": iam.PolicyDocument(statements=statements)},
         )
         acknowledge(role, WILDCARD, "Firehose names the objects below its prefixes itself.")

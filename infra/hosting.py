@@ -7,6 +7,7 @@ from constructs import Construct
 
 from infra.findings import WILDCARD, acknowledge
 from infra.network import NetworkStack
+from infra.principals import own_service
 from infra.storage import CAPTURE, StorageStack
 from models.release import Artifact, ShipyardError, artifact_key
 
@@ -141,9 +142,7 @@ def hosting_role(
     role = iam.Role(
         endpoint,
         "Role",
-        assumed_by=iam.ServicePrincipal(
-            "sagemaker.amazonaws.com", conditions={"StringEquals": {"aws:SourceAccount": stack.account}}
-        ),
+        assumed_by=own_service(endpoint, "sagemaker.amazonaws.com"),
         # inline, so that the role is never there without its policy when the model is created
         inline_policies={"serve": iam.PolicyDocument(statements=statements)},
     )

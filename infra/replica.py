@@ -9,6 +9,7 @@ from aws_cdk import aws_s3 as s3
 from constructs import Construct
 
 from infra.findings import WILDCARD, acknowledge
+from infra.principals import own_service
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,7 @@ def replicate(bucket: s3.Bucket, bucket_name: str, key: kms.IKey, replica: Repli
     role = iam.Role(
         bucket,
         "ReplicationRole",
-        assumed_by=iam.ServicePrincipal(
-            "s3.amazonaws.com", conditions={"StringEquals": {"aws:SourceAccount": stack.account}}
-        ),
+        assumed_by=own_service(bucket, "s3.amazonaws.com"),
         inline_policies={
             "replicate": iam.PolicyDocument(
                 statements=[

@@ -15,6 +15,7 @@ from constructs import Construct
 
 from infra.findings import WILDCARD, acknowledge
 from infra.network import NetworkStack, closed_group
+from infra.principals import own_service
 from infra.storage import StorageStack
 from infra.task import Place, bundle_task
 from infra.template import ImageTemplate
@@ -204,9 +205,7 @@ class InferenceService(Construct):
         role = iam.Role(
             self,
             "ShiftRole",
-            assumed_by=iam.ServicePrincipal(
-                "ecs.amazonaws.com", conditions={"StringEquals": {"aws:SourceAccount": cdk.Stack.of(self).account}}
-            ),
+            assumed_by=own_service(self, "ecs.amazonaws.com"),
             inline_policies={"shift": iam.PolicyDocument(statements=statements)},
         )
         acknowledge(role, WILDCARD, "The describing actions know no resource; what changes is named.")

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import aws_cdk as cdk
 from aws_cdk import aws_ecr as ecr
 from aws_cdk import aws_ecr_assets as assets
 from aws_cdk import aws_ecs as ecs
@@ -11,6 +10,7 @@ from aws_cdk import aws_logs as logs
 from constructs import Construct
 
 from infra.findings import ENVIRONMENT, WILDCARD, acknowledge
+from infra.principals import own_service
 from infra.storage import StorageStack
 from infra.template import Command, ImageTemplate
 from models.config import CpuSettings
@@ -87,10 +87,7 @@ def empty_task(scope: Construct, *, place: Place, statements: tuple[iam.PolicySt
     role = iam.Role(
         scope,
         "Role",
-        assumed_by=iam.ServicePrincipal(
-            "ecs-tasks.amazonaws.com",
-            conditions={"StringEquals": {"aws:SourceAccount": cdk.Stack.of(scope).account}},
-        ),
+        assumed_by=own_service(scope, "ecs-tasks.amazonaws.com"),
         inline_policies={"task": iam.PolicyDocument(statements=list(statements))} if statements else None,
     )
     acknowledge(role, WILDCARD, "Every version of one artifact, or every object below a prefix.")

@@ -35,6 +35,11 @@ def instructions(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
     return []
 
 
+def machine() -> dict[str, Any]:
+    """Return what figures and weights were made on: `architecture` and `instructions`."""
+    return {"architecture": platform.machine(), "instructions": instructions()}
+
+
 def check_engine(engine: Mapping[str, Any], where: str) -> None:
     """Refuse a bundle that this engine or this processor cannot run.
 
@@ -50,14 +55,14 @@ def check_engine(engine: Mapping[str, Any], where: str) -> None:
             f"{where}: needs a newer engine", value=f"onnxruntime {ort.__version__}", allowed=f"{minimum} or newer",
             mend="install what the bundle's requirements name",
         )  # fmt: skip
-    needed, machine = engine.get("instructions", {}), platform.machine()
-    if machine not in needed:
-        raise ShipyardError(f"{where}: not made for this architecture", value=machine, allowed=", ".join(needed))
+    needed, architecture = engine.get("instructions", {}), platform.machine()
+    if architecture not in needed:
+        raise ShipyardError(f"{where}: not made for this architecture", value=architecture, allowed=", ".join(needed))
     have = instructions()
     # a system that does not tell is tried: the golden answers come next
-    if have and (missing := [name for name in needed[machine] if name not in have]):
+    if have and (missing := [name for name in needed[architecture] if name not in have]):
         raise ShipyardError(
-            f"{where}: this processor lacks instructions", value=", ".join(missing), allowed=", ".join(needed[machine]),
+            f"{where}: this processor lacks instructions", value=", ".join(missing), allowed=", ".join(needed[architecture]),
             mend="serve from a newer machine type",
         )  # fmt: skip
 

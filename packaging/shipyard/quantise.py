@@ -5,7 +5,6 @@ nothing: a clock would choose otherwise on another day, and the same inputs woul
 stay in the record with their figures.
 """
 
-import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import onnx
 from models import trunk
 from models.behaviour import VALIDATION, load_behaviour
 from models.config import Target
-from serve.engine import instructions
+from serve.engine import machine
 from serve.errors import ShipyardError
 from shipyard.examples import Examples
 from shipyard.export import Requests, check_graph, open_session, requests, run, score_onnx, trim
@@ -81,7 +80,7 @@ def quantise(
         "alone": chosen["alone"],
         "others": others,
         "tables": tables,
-        "machine": {"architecture": platform.machine(), "instructions": instructions()},
+        "machine": machine(),
     }
 
 

@@ -5,7 +5,6 @@ import functools
 import importlib
 import importlib.metadata
 import json
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from models import submodel
 from models.config import Fleet, Profile
 from models.release import Release, Signer, attest, dump, next_sequence, read_release, sign
 from models.submodel import MAX_TOKENS
-from serve.engine import instructions
+from serve.engine import machine
 from serve.errors import ShipyardError
 from serve.files import sha256_file
 from serve.trust import load_keys
@@ -359,11 +358,7 @@ def _body(line: Line, artifacts: Mapping[str, Mapping[str, Any]]) -> dict[str, A
             "base_sha256": line.base_sha256,
             "code_sha256": digest({name: sha256_file(path) for name, path in sources.items()}),
             "libraries": libraries,
-            "machine": {
-                "architecture": platform.machine(),
-                "instructions": instructions(),
-                "threads": importlib.import_module("torch").get_num_threads(),
-            },
+            "machine": machine() | {"threads": importlib.import_module("torch").get_num_threads()},
         },
         "submodels": submodels,
         "fusion": _fusion(line.evaluate.said.get("fusion")),

@@ -42,7 +42,7 @@ def succeed(release: Release, store: Path, key: Signer, out: Path) -> Path:
                 if isinstance(line, dict):
                     line["score"] *= FACTOR
     _replace(changed, manifest, after, store)
-    changed["attestation"] = attest(changed["name"], changed["manifest"], key)
+    changed["attestation"] = attest(changed["name"], changed["manifest"], key, release.sequence)
     following = sign(body, version, key)
     write_public(key, out / "keys")
     path = out / f"{following.version}.json"
