@@ -60,3 +60,11 @@ clean: ## remove everything that was built, the environments too
 USAGE ?= docs/usage.toml
 cost: setup ## what cdk.out costs: table, build/cost/report.html and .json (USAGE=docs/usage.toml)
 	$(SHIPYARD) cost cdk.out --usage $(USAGE) --html build/cost/report.html --save build/cost/report.json
+
+.PHONY: change change-comment
+change: synth cost ## what a change does to cost and templates: build/change/change.md (SINCE=commit, default the last release)
+	@mkdir -p build/change
+	@.ci/change $(SINCE) > build/change/change.md; code=$$?; cat build/change/change.md; exit $$code
+
+change-comment: ## write build/change/change.md on a pull request by gh, in place of the last one (PULL_REQUEST=number)
+	head -c 60000 build/change/change.md | gh pr comment $(PULL_REQUEST) --edit-last --create-if-none --body-file -

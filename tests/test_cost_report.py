@@ -1,7 +1,6 @@
 """The report as its readers meet it: our own templates, differences, guardrails, JSON, Markdown, the page, exit codes."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import aws_cdk as cdk
 import pytest
-import yaml
 
 import app
 from infra.cost import difference as comparing
@@ -333,11 +331,3 @@ def test_the_usage_that_make_cost_prices_fits_our_templates(ours, tmp_path, caps
 def test_the_documents_tell_every_usage_key():
     told = (ROOT / "docs" / "cost.md").read_text()
     assert [key for key, meaning in KEYS.items() if f"| `{key}` | {meaning} |" not in told] == []
-
-
-def test_the_workflow_runs_the_report_and_the_difference():
-    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "cost.yml").read_text())
-    commands = [step.get("run", "") for step in workflow["jobs"]["cost"]["steps"]]
-    assert "make synth cost" in commands
-    assert any(command.startswith(".ci/cost") for command in commands)
-    assert os.access(ROOT / ".ci" / "cost", os.X_OK)

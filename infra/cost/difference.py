@@ -12,6 +12,7 @@ from infra.cost.usage import Three
 
 Sign = Literal["+", "-", "~"]
 ZERO = Decimal(0)
+DIGITS = 12  # of a currency unit
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ def _change(old: Line | None, new: Line | None, *, unknown: bool) -> Change | No
     line = new or old
     assert line is not None
     if old is not None and new is not None:
-        if (old.amount, old.status, old.item) == (new.amount, new.status, new.item) and _prices(old) == _prices(new):
+        same = (old.status, old.item, _rounded(old.amount)) == (new.status, new.item, _rounded(new.amount))
+        if same and _prices(old) == _prices(new):
             return None
     elif line.status == "free":
         return None
@@ -101,6 +103,11 @@ def _change(old: Line | None, new: Line | None, *, unknown: bool) -> Change | No
     # the line that has the money names the currency
     shown = line if line.amount is not None or old is None or old.amount is None else old
     return Change(sign, shown, before, after, delta, _why(old, new), unknown)
+
+
+def _rounded(amount: Three | None) -> Three | None:
+    # sums of the same numbers in another order differ in the last of their 28 digits
+    return amount and (round(amount[0], DIGITS), round(amount[1], DIGITS), round(amount[2], DIGITS))
 
 
 def _prices(line: Line) -> list[tuple[Decimal, Decimal]]:
