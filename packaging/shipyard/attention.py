@@ -48,7 +48,7 @@ def fuse_attention(graph: GraphProto) -> int:
             continue
         node = helper.make_node(
             "MultiHeadAttention", [q.projection, k.projection, v.projection, "", "", masked.input[1]], [flat.output[0]],
-            softmax.name, domain="com.microsoft", num_heads=v.heads, scale=q.scale * k.scale,
+            flat.name, domain="com.microsoft", num_heads=v.heads, scale=q.scale * k.scale,
         )  # fmt: skip
         at = list(graph.node).index(flat)
         graph.node.remove(flat)
