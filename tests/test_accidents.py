@@ -368,7 +368,9 @@ def test_the_age_of_an_object_is_told_by_the_buckets_clock(client, tmp_path, mon
     assert unused(store, [], 7) == []
     now = time.time()
     # the time that the server tells with its answer, not the one that this machine would compare with
-    monkeypatch.setattr("werkzeug.serving.BaseHTTPRequestHandler.date_time_string", lambda *_: formatdate(now + YEARS))
+    monkeypatch.setattr(
+        "werkzeug.serving.BaseHTTPRequestHandler.date_time_string", lambda *_: formatdate(now + YEARS, usegmt=True)
+    )
     assert len(unused(store, [], 7)) == 3
 
 

@@ -303,8 +303,8 @@ FAULTS = {
         "mend: move one of them",
     ),
     "an archive of no model repository": (
-        "max_size_mb = 100.5", 'max_size_mb = 100.5\narchive = "tar.gz"', "target.cpu.archive: only Triton's model repository "
-        "is archived; value: 'tar.gz'; allowed: an archive of target gpu", "mend: remove it",
+        "max_size_mb = 100.5", 'max_size_mb = 100.5\narchive = "tar.gz"', "target.cpu.archive: only Triton's model "
+        "repository is archived; value: 'tar.gz'; allowed: an archive of target gpu", "mend: remove it",
     ),
     "an archive of another kind": (
         "max_size_mb = 400", 'max_size_mb = 400\narchive = "zip"', "target.gpu.archive: not allowed; value: 'zip'", "tar.gz",
