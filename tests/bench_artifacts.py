@@ -6,6 +6,7 @@ Run by `make bench-artifacts`; writes build/bench/artifacts.json and prints its 
 
 import argparse
 import json
+import logging
 import os
 import platform
 import shutil
@@ -125,6 +126,7 @@ def uploads(bundle, said):
         "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing",
         "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
     }  # fmt: skip
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # the server's line for every request
     client, cli = boto3.client("s3"), shutil.which("aws")
     seconds = {"shipyard": []} | ({"aws s3 cp": []} if cli else {})
     for number in range(ROUNDS):
@@ -153,7 +155,10 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
+    before = os.getloadavg()[0]
     console = Console(width=110)
+    if not shutil.which("aws"):
+        console.print("the AWS CLI is not installed (aws): uploads are those of shipyard alone")
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         (scratch / "fleet.toml").write_text(
@@ -188,6 +193,8 @@ def main():
         for name, row in model["upload"].items():
             table.add_row(name, f"{row['seconds']:.2f}", f"{row['mb_per_s']:.0f}")
         console.print(table)
+    result["machine"]["load"] = [round(before, 2), round(os.getloadavg()[0], 2)]
+    console.print(f"load of the machine before and after: {result['machine']['load']}, on {os.cpu_count()} cores")
     (out / "artifacts.json").write_text(json.dumps(result, indent=1) + "\n")
     console.print(f"wrote {out / 'artifacts.json'}")
     return 0

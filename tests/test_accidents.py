@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -29,6 +30,7 @@ from shipyard.s3 import S3Store
 from shipyard.stage import Stage, write
 from shipyard.upload import FolderStore, upload
 from shipyard.verify import verify_bundle, verify_store
+from tests.conftest import ROOT
 from tests.test_contents import Released, key, made, quiet  # noqa: F401 - fixtures
 from tests.test_s3 import BUCKET, client, server, there  # noqa: F401 - fixtures
 from tests.test_trust import sample_body, write_release
@@ -415,3 +417,14 @@ def test_an_archive_is_the_same_bytes_wherever_it_is_made_and_holds_the_reposito
         assert {entry.name: stream.extractfile(entry).read() for entry in entries} == EACH_KIND
     assert [entry.name for entry in entries] == sorted(EACH_KIND)
     assert {(e.mode, e.uid, e.gid, e.uname, e.gname, e.mtime) for e in entries} == {(0o644, 0, 0, "", "", 0)}
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_every_accident_of_the_page_has_its_test():
+    named = re.findall(
+        r"^\|[^|]+\|[^|]+\| `(tests/\w+\.py)::(\w+)` \|$", (ROOT / "docs/artifacts.md").read_text(), re.M
+    )
+    assert len(named) == len(set(named)) >= 40
+    assert [test for file, test in named if f"def {test}(" not in (ROOT / file).read_text()] == []
