@@ -7,7 +7,7 @@ SHIPYARD := $(BIN)/shipyard
 export JSII_SILENCE_WARNING_END_OF_LIFE_NODE_VERSION ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help setup release report compare synth bench-synth test lint clean deploy-local docs
+.PHONY: help setup release report compare synth bench-synth bench-artifacts test lint clean deploy-local docs
 
 help: ## list the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ synth: setup ## synthesize every environment of fleet.toml into cdk.out/
 
 bench-synth: setup ## one environment's synth against an empty app's, in turns (ENV=prod)
 	$(BIN)/python tests/bench_synth.py $(ENV)
+
+bench-artifacts: setup ## time and memory of each stage, archives and uploads, of the default model and of a BERT of 110 million
+	$(BIN)/python -m tests.bench_artifacts
 
 deploy-local: setup ## make a release, then deploy, update, roll back and destroy dev on this machine (PROFILE=quick)
 	$(SHIPYARD) deploy-local --profile $(PROFILE)

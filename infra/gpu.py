@@ -175,6 +175,7 @@ class TritonEndpoint(Construct):
         storage: StorageStack,
         network: NetworkStack,
     ) -> sagemaker.CfnModel:
+        archived = hosted.template.model_data.endswith(".tar.gz")  # a prefix ends in a slash
         return sagemaker.CfnModel(
             self,
             construct_id,
@@ -191,8 +192,8 @@ class TritonEndpoint(Construct):
                 model_data_source=sagemaker.CfnModel.ModelDataSourceProperty(
                     s3_data_source=sagemaker.CfnModel.S3DataSourceProperty(
                         s3_uri=f"s3://{storage.bucket_name}/{hosted.artifact.key}{hosted.template.model_data}",
-                        s3_data_type="S3Prefix",
-                        compression_type="None",
+                        s3_data_type="S3Object" if archived else "S3Prefix",
+                        compression_type="Gzip" if archived else "None",
                     )
                 ),
             ),

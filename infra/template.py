@@ -17,7 +17,7 @@ Command = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 class TritonTemplate(Settings):
-    """Say how Triton is started, and where below the artifact's key its model repository lies."""
+    """Say how Triton is started, and where below the artifact's key its model repository lies: a prefix, or a .tar.gz."""
 
     environment: dict[str, str]
     model_data: Key

@@ -134,12 +134,14 @@ class Target(Settings):
     """Say how artifacts for one place of inference are made.
 
     `precision` is what the weights are quantised to; `max_loss` is the largest part of the metric that this may
-    cost; `max_size_mb` bounds the bundle, in units of 10^6 bytes.
+    cost; `max_size_mb` bounds the bundle, in units of 10^6 bytes. `archive` puts the model repository of a GPU target into
+    model.tar.gz too, from which the endpoint then starts (docs/artifacts.md).
     """
 
     precision: Precision
     max_loss: Annotated[float, Field(gt=0, le=0.2)] = 0.01
     max_size_mb: Annotated[float, Field(gt=0)]
+    archive: Literal["tar.gz"] | None = None
 
 
 class SubmodelEntry(Settings):
@@ -312,6 +314,12 @@ def _check_across(fleet: Fleet, where: str) -> None:
             allowed=f"a date after {fleet.data.valid_from}",
             mend="move one of them",
         )
+    for place, target in fleet.target.items():
+        if target.archive is not None and place != "gpu":
+            raise ShipyardError(
+                f"{where}: target.{place}.archive: only Triton's model repository is archived", value=target.archive,
+                allowed="an archive of target gpu", mend="remove it",
+            )  # fmt: skip
     for name, entry in fleet.submodel.items():
         if entry.target not in fleet.target:
             raise ShipyardError(

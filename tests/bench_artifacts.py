@@ -6,6 +6,8 @@ Run by `make bench-artifacts`; writes build/bench/artifacts.json and prints its 
 
 import argparse
 import json
+import logging
+import multiprocessing
 import os
 import platform
 import shutil
@@ -16,6 +18,7 @@ import tarfile
 import tempfile
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,6 +36,7 @@ from shipyard.upload import upload
 from tests.conftest import ROOT, TINY
 
 ROUNDS = 5
+MODELS = ("default", "bert")
 
 
 class Watch:
@@ -93,20 +97,22 @@ def median_of(work):
 def archives(bundle, scratch):
     """Return seconds and bytes of the bundle's zip, tar, gzip and zstd, of the same files."""
 
-    def tar(name, mode):
-        with tarfile.open(scratch / name, mode) as stream:
+    def tar(name, mode, **more):
+        with tarfile.open(scratch / name, mode, **more) as stream:
             stream.add(bundle, arcname="bundle")
+
+    def zstd():
+        tar("plain.tar", "w")
+        subprocess.run(["zstd", "-q", "-f", "-3", str(scratch / "plain.tar")], check=True)
 
     ways = {
         "bundle.zip (stored, ours)": lambda _: write_zip(bundle, scratch / "ours.zip"),
         "tar": lambda _: tar("plain.tar", "w"),
-        "tar + gzip -6": lambda _: tar("plain.tar.gz", "w:gz"),
+        "tar + gzip -6": lambda _: tar("plain.tar.gz", "w:gz", compresslevel=6),
     }
     files = dict(zip(ways, ("ours.zip", "plain.tar", "plain.tar.gz"), strict=True))
     if shutil.which("zstd"):
-        ways["tar + zstd -3"] = lambda _: subprocess.run(
-            ["zstd", "-q", "-f", "-3", str(scratch / "plain.tar")], check=True
-        )
+        ways["tar + zstd -3"] = lambda _: zstd()
         files["tar + zstd -3"] = "plain.tar.zst"
     return {
         name: {"seconds": median_of(work), "bytes": (scratch / files[name]).stat().st_size}
@@ -125,6 +131,7 @@ def uploads(bundle, said):
         "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing",
         "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
     }  # fmt: skip
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # the server's line for every request
     client, cli = boto3.client("s3"), shutil.which("aws")
     seconds = {"shipyard": []} | ({"aws s3 cp": []} if cli else {})
     for number in range(ROUNDS):
@@ -148,31 +155,47 @@ def uploads(bundle, said):
     }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench")
-    out = parser.parse_args().out
-    out.mkdir(parents=True, exist_ok=True)
-    console = Console(width=110)
+def measure(name):
+    """Walk the line with one of MODELS; return its title and its figures."""
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         (scratch / "fleet.toml").write_text(
             (ROOT / "fleet.toml").read_text().replace("max_size_mb = 400", "max_size_mb = 2000") + TINY
         )
-        fleet = load_fleet(scratch / "fleet.toml")
-        base = scratch / "base"
-        parameters = random_bert(base, Line(fleet, "tiny", ROOT, scratch, print, None).base)
-        result = {"machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-                              "torch_threads": torch.get_num_threads()},
-                  "versions": {name: version(name) for name in ("torch", "onnxruntime", "onnx", "boto3", "moto")},
-                  "models": {}}  # fmt: skip
-        for title, chosen in (("default", None), (f"BERT, {parameters / 1e6:.0f} million, random", base)):
-            console.print(f"walks the line: {title}")
-            found, bundle, said = stages(fleet, chosen, scratch / title.split(",")[0])
-            size = sum(file["bytes"] for file in said["files"])
-            result["models"][title] = {"bundle_bytes": size, "stages": found,
-                                       "archives": archives(bundle, scratch),
-                                       "upload": uploads(bundle, said | {"bytes": size})}  # fmt: skip
+        fleet, base, title = load_fleet(scratch / "fleet.toml"), None, name
+        if name == "bert":
+            base = scratch / "base"
+            parameters = random_bert(base, Line(fleet, "tiny", ROOT, scratch, print, None).base)
+            title = f"BERT, {parameters / 1e6:.0f} million, random"
+        print(f"walks the line: {title}", file=sys.stderr)
+        found, bundle, said = stages(fleet, base, scratch / "build")
+        size = sum(file["bytes"] for file in said["files"])
+        return title, {
+            "bundle_bytes": size, "stages": found, "archives": archives(bundle, scratch),
+            "upload": uploads(bundle, said | {"bytes": size}),
+        }  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench")
+    parser.add_argument("--model", choices=MODELS, help="one of the two alone")
+    chosen = parser.parse_args()
+    out = chosen.out
+    out.mkdir(parents=True, exist_ok=True)
+    before = os.getloadavg()[0]
+    console = Console(width=110)
+    if not shutil.which("aws"):
+        console.print("the AWS CLI is not installed (aws): uploads are those of shipyard alone")
+    result = {"machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+                          "torch_threads": torch.get_num_threads()},
+              "versions": {name: version(name) for name in ("torch", "onnxruntime", "onnx", "boto3", "moto")},
+              "models": {}}  # fmt: skip
+    for name in MODELS if chosen.model is None else [chosen.model]:
+        # a process for each, for memory that one has taken is not given back to the next
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+            title, found = alone.submit(measure, name).result()
+        result["models"][title] = found
     for title, model in result["models"].items():
         table = Table(
             "stage", "seconds", "peak memory, MB", title=f"{title}: bundle of {model['bundle_bytes'] / 1e6:.0f} MB"
@@ -188,6 +211,8 @@ def main():
         for name, row in model["upload"].items():
             table.add_row(name, f"{row['seconds']:.2f}", f"{row['mb_per_s']:.0f}")
         console.print(table)
+    result["machine"]["load"] = [round(before, 2), round(os.getloadavg()[0], 2)]
+    console.print(f"load of the machine before and after: {result['machine']['load']}, on {os.cpu_count()} cores")
     (out / "artifacts.json").write_text(json.dumps(result, indent=1) + "\n")
     console.print(f"wrote {out / 'artifacts.json'}")
     return 0

@@ -302,6 +302,13 @@ FAULTS = {
         "test_from = 2017-11-20", "test_from = 2017-10-08", "data.test_from: not after valid_from; value: 2017-10-08",
         "mend: move one of them",
     ),
+    "an archive of no model repository": (
+        "max_size_mb = 100.5", 'max_size_mb = 100.5\narchive = "tar.gz"', "target.cpu.archive: only Triton's model "
+        "repository is archived; value: 'tar.gz'; allowed: an archive of target gpu", "mend: remove it",
+    ),
+    "an archive of another kind": (
+        "max_size_mb = 400", 'max_size_mb = 400\narchive = "zip"', "target.gpu.archive: not allowed; value: 'zip'", "tar.gz",
+    ),
     "two sources of the base": (
         'package = "encoder"', 'package = "encoder"\nhub = "owner/name"', "base: not one source; allowed: exactly one of "
         "package and hub", "mend: keep one",

@@ -13,6 +13,17 @@ def endpoint(template):
     return only(template, "AWS::SageMaker::Endpoint")
 
 
+def test_model_comes_from_an_archive_where_the_release_has_one():
+    archived = search()
+    archived["template"]["model_data"] = "model.tar.gz"
+    model = only(template_of(make_stage(archived), "gpu"), "AWS::SageMaker::Model")
+    assert model["PrimaryContainer"]["ModelDataSource"]["S3DataSource"] == {
+        "S3Uri": f"s3://{BUCKET}/artifacts/search/{archived['digest']}/model.tar.gz",
+        "S3DataType": "S3Object",
+        "CompressionType": "Gzip",
+    }
+
+
 def test_update_is_taken_back_by_two_alarms_on_the_endpoint():
     template = gpu()
     alarms = template.find_resources("AWS::CloudWatch::Alarm")

@@ -7,9 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 import urllib.request
 import zipfile
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -199,6 +201,23 @@ def test_bundle_is_the_same_bytes_elsewhere(
         monkeypatch.undo()
         time.tzset()
     assert again == small.said(unit, "bundle")
+
+
+def test_search_may_carry_its_repository_as_an_archive(small: Made, tmp_path: Path) -> None:
+    document = json.loads((small.bundle("search") / "bundle.json").read_text())
+    target = small.fleet.target["gpu"].model_copy(update={"archive": "tar.gz"})
+    artifact = bundling.bundle(
+        small.folder("joint", "data"), small.folder("search", "split"), small.folder("joint", "finetune"),
+        small.folder("search", "quantise"), "search", target, "gpu", document["facts"], {}, tmp_path,
+    )  # fmt: skip
+    assert artifact["template"]["model_data"] == "model.tar.gz"
+    assert "model.tar.gz" in {file["path"] for file in artifact["files"]}
+    repository = small.bundle("search") / "model_repository"
+    with tarfile.open(tmp_path / "bundle" / "model.tar.gz") as archive:
+        held = {entry.name: sha256(archive.extractfile(entry).read()).hexdigest() for entry in archive}  # type: ignore[union-attr]
+    assert held == {
+        path.relative_to(repository).as_posix(): sha256_file(path) for path in repository.rglob("*") if path.is_file()
+    }
 
 
 @pytest.mark.parametrize(("unit", "name"), UNITS.items())

@@ -27,10 +27,14 @@ from serve.files import sha256_file
 from serve.history import FEATURES, LIMIT, OFFER
 from serve.runtime import SCHEMA, Model
 from serve.trust import MANIFEST, check_bundle
+from shipyard.archive import write_tar_gz
 from shipyard.examples import Examples
 from shipyard.export import IR_VERSION, OPSET
 
 CODE = Path(serve.__file__).parent
+
+ARCHIVE = "model.tar.gz"
+"""Triton's model repository in one object, beside the repository itself, which everything else reads."""
 
 # what a process of the private cluster imports, with the versions that the release was tested with
 CPU_PACKAGES = ("boto3", "cryptography", "numpy", "onnxruntime", "rfc8785", "tokenizers")
@@ -86,6 +90,8 @@ def bundle(
             _write(tree / f"model_repository/{kebab}-reader/{triton.CONFIG}", triton.reader_config(f"{kebab}-reader"))
     if place == "gpu":
         _write(tree / f"model_repository/{kebab}/{triton.CONFIG}", triton.config(kebab, inputs, returned))
+    if target.archive is not None and place == "gpu":
+        write_tar_gz(tree / "model_repository", tree / ARCHIVE)
     if place == "cpu":
         _write(tree / "Dockerfile", DOCKERFILE)
         _write(tree / "requirements.txt", "".join(f"{p}=={libraries[p].partition('+')[0]}\n" for p in CPU_PACKAGES))
@@ -121,18 +127,20 @@ def bundle(
         return _zipped(out, kebab, name, manifest, target, greengrass.model_component(kebab))
     kind = "triton" if place == "gpu" else "image-context"
     artifact = _artifact(kebab, name, place, kind, manifest, tree, target.max_size_mb)
-    artifact["template"] = _triton_template(kebab) if place == "gpu" else _image_template(kebab, artifact["key"])
+    artifact["template"] = (
+        _triton_template(kebab, target) if place == "gpu" else _image_template(kebab, artifact["key"])
+    )
     return artifact
 
 
-def _triton_template(kebab: str) -> dict[str, Any]:
+def _triton_template(kebab: str, target: Target) -> dict[str, Any]:
     """Return what a stack needs to start Triton."""
     return {
         "environment": {
             "SAGEMAKER_TRITON_DEFAULT_MODEL_NAME": kebab, "SAGEMAKER_TRITON_LOG_VERBOSE": "false",
             "ORT_DISABLE_TELEMETRY": "1",
         },
-        "model_data": "model_repository/",
+        "model_data": "model_repository/" if target.archive is None else ARCHIVE,
     }  # fmt: skip
 
 

@@ -14,9 +14,10 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from models.config import Precision
+from shipyard.attention import fuse_attention
 
 LARGE = 32768
 """Elements from which a weight is worth quantising."""
@@ -121,13 +122,14 @@ def to_int8(graph: GraphProto, *, block: int = 128, integers: bool = True, table
 
 
 def _drop_unused(graph: GraphProto) -> None:
-    """Remove transposes and weights that nothing reads any more."""
-    for kind in (graph.node, graph.initializer):
-        used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
-        for thing in list(kind):
-            outputs = thing.output if isinstance(thing, NodeProto) else [thing.name]
-            if not used.intersection(outputs):
-                kind.remove(thing)
+    """Remove nodes and weights that nothing reads any more."""
+    used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+    unused: list[NodeProto | TensorProto] = [node for node in graph.node if not used.intersection(node.output)]
+    unused += [tensor for tensor in graph.initializer if tensor.name not in used]
+    for thing in unused:
+        (graph.node if isinstance(thing, NodeProto) else graph.initializer).remove(thing)
+    if unused:  # what only these have read
+        _drop_unused(graph)
 
 
 def rows_to_int8(rows: npt.NDArray[np.float32], block: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
@@ -169,6 +171,11 @@ def _replace(graph: GraphProto, node: NodeProto, by: list[NodeProto]) -> None:
         graph.node.insert(at, new)
 
 
+def to_int8_fused(graph: GraphProto) -> int:
+    """Fuse attention, then replace large weights as `to_int8` does; nothing where there is no attention of that form."""
+    return to_int8(graph) if fuse_attention(graph) else 0
+
+
 FP32 = Form("fp32", "fp32", lambda graph: 0)
 
 FORMS: dict[Precision, tuple[Form, ...]] = {
@@ -178,6 +185,7 @@ FORMS: dict[Precision, tuple[Form, ...]] = {
         Form("int8, blocks of 128", "int8", to_int8),
         Form("int8, blocks of 32", "int8", partial(to_int8, block=32)),
         Form("int8, blocks of 128, products of floats", "int8", partial(to_int8, integers=False)),
+        Form("int8, blocks of 128, attention fused", "int8", to_int8_fused),
     ),
 }
 """The grid by precision. Of forms of equal size the first that holds is taken: products of integers are what VNNI and the

@@ -39,5 +39,8 @@ def referring(fleet: Fleet, folders: Sequence[Path]) -> list[Release]:
 
 def unused(store: Store, releases: Iterable[Release], days: float) -> list[Stored]:
     """Return what no release refers to and was written more than `days` ago."""
-    keys = tuple({artifact.key for release in releases for artifact in release.artifacts})
-    return [found for found in store.objects(PREFIX) if not found.key.startswith(keys) and found.days > days]
+    # by whole names: what lies among an artifact's files and is none of them goes too
+    keys = {
+        artifact.key + file.path for release in releases for artifact in release.artifacts for file in artifact.files
+    }
+    return [found for found in store.objects(PREFIX) if found.key not in keys and found.days > days]

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.serialization import (
 from models.release import Signer
 from serve.errors import ShipyardError
 from serve.trust import key_id
+from shipyard.stage import write
 
 KMS = "kms:"
 
@@ -74,5 +75,5 @@ def write_public(key: Signer, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     public = key.public_key()
     file = folder / f"{key_id(public)}.pub"
-    file.write_bytes(public.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b" shipyard release\n")
+    write(file, public.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode() + " shipyard release\n")
     return file

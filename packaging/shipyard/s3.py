@@ -5,10 +5,10 @@ later upload of the same file finds the parts that have arrived, and that what l
 """
 
 import base64
-import datetime
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -144,9 +144,10 @@ class S3Store:
 
     def objects(self, prefix: str) -> Iterator[Stored]:
         """List objects in pages of a thousand."""
-        now = datetime.datetime.now(datetime.UTC)
         try:
             for page in self.client.get_paginator("list_objects_v2").paginate(**self._at, Prefix=prefix):
+                # by the clock that wrote the objects' times: this machine's may be wrong
+                now = parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"])
                 for found in page.get("Contents", ()):
                     days = (now - found["LastModified"]).total_seconds() / 86_400
                     yield Stored(found["Key"], found["Size"], days)

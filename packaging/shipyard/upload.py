@@ -4,6 +4,7 @@ What is there already with the same content is left; what is there with another 
 Files go several at a time; a store keeps what it has of a file that was cut off, and goes on from there.
 """
 
+import glob
 import hashlib
 import os
 import threading
@@ -99,7 +100,12 @@ class FolderStore:
                 os.fsync(target.fileno())
             if found.hexdigest() != sha256:
                 raise changed(file, sha256)
-            part.replace(path)
+            try:
+                part.replace(path)
+            except FileNotFoundError:
+                return  # another upload of the same file was first and has removed this part
+            for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+                left.unlink(missing_ok=True)  # of uploads that were killed
         finally:
             part.unlink(missing_ok=True)
 

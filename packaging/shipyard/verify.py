@@ -28,7 +28,7 @@ def verify_store(found: Release, store: Store, progress: Callable[[str, int, int
     """Read all that a store holds of a release and compare every digest; return the number of bytes.
 
     Raises:
-        ShipyardError: something is missing or is not what the release names.
+        ShipyardError: something is missing, is not what the release names, or lies there besides.
     """
     count = 0
     for artifact in found.artifacts:
@@ -45,6 +45,11 @@ def verify_store(found: Release, store: Store, progress: Callable[[str, int, int
                     allowed=file.sha256, mend="remove that object and upload the release again",
                 )  # fmt: skip
         count += done
+        # an engine that starts from the prefix would load what was put there
+        named = {artifact.key + file.path for file in artifact.files}
+        for stored in store.objects(artifact.key):
+            if stored.key not in named:
+                raise ShipyardError(f"{stored.key}: not part of the release", mend="remove that object")
     return count
 
 

@@ -3,8 +3,10 @@
 The protocol is KServe's version 2 with Triton's binary extension (Triton, docs/protocol/extension_binary_data.md).
 """
 
+import io
 import json
 import re
+import tarfile
 from typing import Any
 
 import numpy as np
@@ -58,10 +60,15 @@ def _graph(account: str, region: str, endpoint: str) -> tuple[str, bytes]:
     container: dict[str, Any] = model.primary_container
     name = container["Environment"]["SAGEMAKER_TRITON_DEFAULT_MODEL_NAME"]
     bucket, _, prefix = container["ModelDataSource"]["S3DataSource"]["S3Uri"].removeprefix("s3://").partition("/")
-    key = s3_backends[account]["aws"].get_object(bucket, f"{prefix}{name}/1/model.onnx")
+    archived = prefix.endswith(".tar.gz")
+    place = prefix if archived else f"{prefix}{name}/1/model.onnx"
+    key = s3_backends[account]["aws"].get_object(bucket, place)
     if key is None:
-        raise Refused(424, "ModelError", f"s3://{bucket}/{prefix}{name}/1/model.onnx: no such object")
-    return name, key.value
+        raise Refused(424, "ModelError", f"s3://{bucket}/{place}: no such object")
+    if not archived:
+        return name, key.value
+    with tarfile.open(fileobj=io.BytesIO(key.value)) as stream:
+        return name, stream.extractfile(f"{name}/1/model.onnx").read()  # type: ignore[union-attr]
 
 
 def _read(kind: str, body: bytes) -> tuple[dict[str, npt.NDArray[Any]], bool]:
