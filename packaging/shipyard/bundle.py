@@ -5,34 +5,41 @@ digest and says what a runtime must know; the bundle holds no time, no path and 
 """
 
 import hashlib
+import importlib.metadata
 import json
 import shutil
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-import serve
 from models import submodel
 from models.behaviour import VALIDATION, load_behaviour
 from models.config import Target, TargetName
 from models.cross import MAX_TOKENS as PAIR_TOKENS
 from models.release import File, artifact_key, files_digest
 from serve import greengrass, triton
+from serve.codec import SCHEMA
 from serve.errors import ShipyardError
 from serve.history import FEATURES, LIMIT, OFFER
-from serve.runtime import SCHEMA, Model
+from serve.runtime import Model
 from serve.trust import MANIFEST, check_bundle, sha256_file
 from shipyard.examples import Examples
 from shipyard.export import IR_VERSION, OPSET
+from shipyard.stage import closure
 
 ENGINE = {"name": "onnxruntime", "minimum": "1.23"}
-CODE = Path(serve.__file__).parent
 
 # what a process of the private cluster imports, with the versions that the release was tested with
-CPU_PACKAGES = ("boto3", "cryptography", "numpy", "onnxruntime", "rfc8785", "tokenizers")
+CPU_PACKAGES = (
+    "boto3", "cryptography", "httptools", "numpy", "onnxruntime", "prometheus_client", "rfc8785", "tokenizers", "uvicorn",
+    "uvloop",
+)  # fmt: skip
 
 DOCKERFILE = """\
 # docker build --platform linux/arm64 -t REPOSITORY . ; then name the pushed image's digest in fleet.toml
@@ -87,8 +94,8 @@ def bundle(
         _write(tree / f"model_repository/{kebab}/{triton.CONFIG}", triton.config(kebab, inputs, returned))
     if place == "cpu":
         _write(tree / "Dockerfile", DOCKERFILE)
-        _write(tree / "requirements.txt", "".join(f"{p}=={libraries[p].partition('+')[0]}\n" for p in CPU_PACKAGES))
-        _copy_code(tree / "serve", ("server.py", "fetch.py"))
+        _write(tree / "requirements.txt", requirements(CPU_PACKAGES, libraries))
+        _copy_code(tree / "serve", "serve.server", "serve.fetch")
     document = {
         "schema": SCHEMA,
         "name": kebab,
@@ -144,7 +151,7 @@ def _image_template(kebab: str, key: str) -> dict[str, Any]:
         },
         "fetch": ["-m", "serve.fetch", f"s3://@BUCKET@/{key}", "--artifact", kebab, "--into", "/model"],
         "serve": ["-m", "serve.server", "--bundle", "/model", "--artifact", kebab, "--host", "0.0.0.0",  # noqa: S104
-                  "--port", "8080"],
+                  "--port", "8080", "--prefix", f"/{kebab}", "--drain", "15"],
         "port": 8080, "health": "/readyz", "mount": "/model",
     }  # fmt: skip
 
@@ -152,7 +159,7 @@ def _image_template(kebab: str, key: str) -> dict[str, Any]:
 def bundle_runtime(target: Target, out: Path) -> dict[str, Any]:
     """Write the edge's runtime, code alone, as a bundle and its zip; return its artifact."""
     tree = _empty(out)
-    _copy_code(tree / "serve", ("server.py",))
+    _copy_code(tree / "serve", "serve.server")
     _write(tree / "install.sh", greengrass.INSTALL)
     _write(tree / "run.sh", greengrass.RUN)
     manifest = _seal(tree, {"schema": SCHEMA, "name": "edge-runtime", "engine": ENGINE})
@@ -261,10 +268,25 @@ def _files(tree: Path) -> tuple[File, ...]:
     )
 
 
-def _copy_code(into: Path, entries: tuple[str, ...]) -> None:
-    """Copy the runtime's code: what every target runs, and the entry points of this one."""
-    for name in ("__init__.py", "errors.py", "blend.py", "history.py", "runtime.py", "trust.py", *entries):
-        _copy(CODE / name, into / name)
+def requirements(packages: tuple[str, ...], libraries: Mapping[str, str]) -> str:
+    """Return pip's requirements of `packages` and of all that they need, each pinned to the version installed here."""
+    waiting, found = list(packages), dict[str, str]()
+    while waiting:
+        name = canonicalize_name(waiting.pop())
+        if name not in found:
+            found[name] = importlib.metadata.version(name).partition("+")[0]
+            needed = [Requirement(text) for text in importlib.metadata.requires(name) or ()]
+            waiting += [r.name for r in needed if r.marker is None or r.marker.evaluate({"extra": ""})]
+    stale = [p for p in packages if libraries[p].partition("+")[0] != found[canonicalize_name(p)]]
+    if stale:
+        raise ShipyardError("bundle: a library changed while the release was made", value=", ".join(stale))
+    return "".join(f"{name}=={found[name]}\n" for name in sorted(found))
+
+
+def _copy_code(into: Path, *modules: str) -> None:
+    """Copy the runtime's modules that `modules` reach by imports."""
+    for path in closure(modules)[0].values():
+        _copy(path, into / path.name)
 
 
 def _copy(source: Path, target: Path) -> None:
