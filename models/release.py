@@ -21,7 +21,7 @@ from serve.trust import load_keys as load_keys
 SCHEMA = "shipyard.release/2"
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Kind = Literal["triton", "image-context", "greengrass-model", "greengrass-runtime"]
+Kind = Literal["triton", "image-context", "greengrass-model", "greengrass-runtime", "gateway"]
 Bytes = Annotated[int, Field(ge=0)]
 # relative, so that the release holds in every account, region and environment; no part of it is "." or ".."
 _PART = r"\.{0,2}[A-Za-z0-9_-][A-Za-z0-9._-]*"

@@ -18,6 +18,7 @@ LARGEST_BODY = 4 * 1024 * 1024
 LARGEST_HEAD = 32 * 1024
 SECONDS_TO_SEND = 10
 SECONDS_TO_TAKE = 30
+DEADLINE_HEADER = "x-request-timeout-ms"
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 TRACE = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
@@ -34,6 +35,19 @@ class Asked:
     body: bytes
     id: str
     trace: str
+
+    def seconds(self, default: float) -> float:
+        """Return the time that the client gives the request.
+
+        Raises:
+            Refused: its header is no number of milliseconds.
+        """
+        given = self.headers.get(DEADLINE_HEADER, "")
+        if not given:
+            return default
+        if not given.isascii() or not given.isdecimal() or len(given) > 5 or not int(given):
+            raise Refused(400, f"{DEADLINE_HEADER}: wrong; value: {given[:20]!r}; allowed: 1 to 99999")
+        return int(given) / 1000
 
     def json(self) -> Any:
         """Return the body's document.

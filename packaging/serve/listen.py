@@ -1,11 +1,14 @@
 """Listen for an application: uvicorn and httptools, with a bound on a request's head, a drain and a signal to swap."""
 
+import argparse
 import asyncio
 import logging
+import os
 import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -13,6 +16,7 @@ import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serve.asgi import LARGEST_HEAD, SECONDS_TO_SEND, App, dump, log
+from serve.trust import Keys, key_id, parse_key
 
 MOST_CONNECTIONS = 2_000
 SECONDS_KEPT = 75
@@ -96,10 +100,10 @@ class Server(uvicorn.Server):
 
 
 def serve(
-    app: App, host: str, port: int, name: str, drain: float, start: Callable[[], Awaitable[None]],
-    swap: Callable[[], Awaitable[None]] | None = None,
+    app: App, host: str, port: int, name: str, drain: float, start: Callable[[], Awaitable[None]] | None = None,
+    swap: Callable[[], Awaitable[None]] | None = None, end: Callable[[], Awaitable[None]] | None = None,
 ) -> None:  # fmt: skip
-    """Serve until a signal: alive at once, ready when `start` is done; SIGHUP calls `swap`.
+    """Serve until a signal: alive at once, ready when `start` is done; SIGHUP calls `swap`, and `end` is awaited last.
 
     Raises:
         ShipyardError: from `start`.
@@ -121,7 +125,8 @@ def serve(
         while not server.started and not serving.done():
             await asyncio.sleep(0.001)
         try:
-            await start()
+            if start is not None:
+                await start()
         except BaseException:
             server.should_exit = True
             await serving
@@ -137,6 +142,32 @@ def serve(
         app.ready = True
         log.info("ready: %s on %s port %d", name, *listener.getsockname()[:2])
         await serving
+        if end is not None:
+            await end()
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run())
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every server of ours."""
+    parser.add_argument("--bundle", type=Path, required=True, help="folder of the bundle")
+    parser.add_argument("--artifact", required=True, help="name that the bundle was attested as, e.g. recommend")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback alone)")
+    parser.add_argument("--port", type=int, default=8080)
+    parser.add_argument("--prefix", default="", help="path before all routes, e.g. /recommend")
+    parser.add_argument(
+        "--drain", type=float, default=0, help="seconds to serve on after SIGTERM, not ready (default: 0)"
+    )
+    parser.add_argument(
+        "--attestation", default=os.environ.get("SHIPYARD_ATTESTATION", ""), help="or SHIPYARD_ATTESTATION"
+    )
+    parser.add_argument(
+        "--trusted-key", default=os.environ.get("SHIPYARD_TRUSTED_KEY", ""), help="or SHIPYARD_TRUSTED_KEY"
+    )
+
+
+def trusted(text: str) -> Keys:
+    """Return the key of --trusted-key by its id."""
+    key = parse_key(text, "--trusted-key")
+    return {key_id(key): key}

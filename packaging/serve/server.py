@@ -18,17 +18,15 @@ from typing import Any
 from prometheus_client import Counter, Gauge, Histogram
 
 from serve import openapi
-from serve.asgi import TIMES, Answer, App, Asked, Refused, log
+from serve.asgi import DEADLINE_HEADER, TIMES, Answer, App, Asked, Refused, log
 from serve.batch import Batcher, Busy, Late, Work
 from serve.codec import BadRequest
 from serve.errors import ShipyardError
-from serve.listen import serve
+from serve.listen import add_common, serve, trusted
 from serve.runtime import Model, open_bundle
 from serve.triton import CONTENT, HEADER_LENGTH, read_request, version, write_answer
-from serve.trust import Keys, key_id, parse_key
 
 MOST_REQUESTS = 256
-DEADLINE_HEADER = "x-request-timeout-ms"
 
 
 class Service:
@@ -79,7 +77,7 @@ class Service:
 
     async def _answer(self, asked: Asked, rank: bool) -> Answer:
         model = self._present()
-        deadline = asyncio.get_running_loop().time() + self._seconds(asked)
+        deadline = asyncio.get_running_loop().time() + asked.seconds(self._deadline)
         if rank and not model.ranks:
             raise Refused(404, "this bundle's graph ranks its whole catalogue alone; ask its task's path")
         document = asked.json()
@@ -116,20 +114,12 @@ class Service:
                 raise ValueError(f"inputs {', '.join(inputs)}")
         except (ValueError, KeyError, TypeError) as fault:
             raise Refused(400, f"no request of Triton's binary protocol: {str(fault)[:200]}") from None
-        deadline = asyncio.get_running_loop().time() + self._seconds(asked)
+        deadline = asyncio.get_running_loop().time() + asked.seconds(self._deadline)
         # tensors of one request are a batch already
         [(rows, scores)] = await self._run(model.run_each, [inputs], [1], deadline)
         found = {"rows": rows, "scores": scores}
         body, head = write_answer(model.manifest["name"], version(model.manifest["model"]), found)
         return Answer(200, body, {HEADER_LENGTH: str(head)}, f"{CONTENT};json-header-size={head}")
-
-    def _seconds(self, asked: Asked) -> float:
-        given = asked.headers.get(DEADLINE_HEADER, "")
-        if not given:
-            return self._deadline
-        if not given.isascii() or not given.isdecimal() or len(given) > 5 or not int(given):
-            raise Refused(400, f"{DEADLINE_HEADER}: wrong; value: {given[:20]!r}; allowed: 1 to 99999")
-        return int(given) / 1000
 
     async def _openapi(self, asked: Asked) -> Answer:
         model = self._present()
@@ -156,30 +146,6 @@ def _length(request: Any) -> int:
     if "items" in request:
         return sum(int(array.size) for array in request.values())
     return len(request.get("history", ())) + len(request.get("offers", ())) + len(request.get("query", "")) // 4
-
-
-def add_common(parser: argparse.ArgumentParser) -> None:
-    """Add the options of every server of ours."""
-    parser.add_argument("--bundle", type=Path, required=True, help="folder of the bundle")
-    parser.add_argument("--artifact", required=True, help="name that the bundle was attested as, e.g. recommend")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback alone)")
-    parser.add_argument("--port", type=int, default=8080)
-    parser.add_argument("--prefix", default="", help="path before all routes, e.g. /recommend")
-    parser.add_argument(
-        "--drain", type=float, default=0, help="seconds to serve on after SIGTERM, not ready (default: 0)"
-    )
-    parser.add_argument(
-        "--attestation", default=os.environ.get("SHIPYARD_ATTESTATION", ""), help="or SHIPYARD_ATTESTATION"
-    )
-    parser.add_argument(
-        "--trusted-key", default=os.environ.get("SHIPYARD_TRUSTED_KEY", ""), help="or SHIPYARD_TRUSTED_KEY"
-    )
-
-
-def trusted(text: str) -> Keys:
-    """Return the key of --trusted-key by its id."""
-    key = parse_key(text, "--trusted-key")
-    return {key_id(key): key}
 
 
 def main(arguments: list[str] | None = None) -> int:

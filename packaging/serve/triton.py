@@ -47,8 +47,8 @@ def reader_config(name: str, most: int = 256) -> str:
     return "\n".join(lines) + "\n"
 
 
-def config(name: str, inputs: tuple[str, ...], returned: int, most: int = 32) -> str:
-    """Return config.pbtxt of a ranking graph that takes `inputs` and returns `returned` rows, batches of at most `most`."""
+def config(name: str, inputs: tuple[str, ...], returned: int, number: int = 1, most: int = 32) -> str:
+    """Return config.pbtxt of version `number` of a ranking graph: `inputs`, `returned` rows, batches of at most `most`."""
     warm: Mapping[str, str] = {
         "query_ids": "dims: [ 4 ] zero_data: true", "query_mask": "dims: [ 4 ] zero_data: true",
         "items": "dims: [ 1 ] zero_data: true", "features": f"dims: [ 1, {len(FEATURES)} ] zero_data: true",
@@ -71,7 +71,7 @@ def config(name: str, inputs: tuple[str, ...], returned: int, most: int = 32) ->
         '  name: "one request" batch_size: 1',
         *(f'  inputs {{ key: "{i}" value {{ data_type: {INPUTS[i][0]} {warm[i]} }} }}' for i in inputs),
         "} ]",
-        "version_policy { specific { versions: [ 1 ] } }",
+        f"version_policy {{ specific {{ versions: [ {number} ] }} }}",
     ]
     return "\n".join(lines) + "\n"
 

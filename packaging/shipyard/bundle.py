@@ -26,9 +26,10 @@ from models.release import File, artifact_key, files_digest
 from serve import greengrass, triton
 from serve.codec import SCHEMA
 from serve.errors import ShipyardError
+from serve.fused import CODEC, FUSION
 from serve.history import FEATURES, LIMIT, OFFER
 from serve.runtime import Model
-from serve.trust import MANIFEST, check_bundle, sha256_file
+from serve.trust import MANIFEST, check_bundle, read_json, sha256_file
 from shipyard.examples import Examples
 from shipyard.export import IR_VERSION, OPSET
 from shipyard.stage import closure
@@ -39,6 +40,10 @@ ENGINE = {"name": "onnxruntime", "minimum": "1.23"}
 CPU_PACKAGES = (
     "boto3", "cryptography", "httptools", "numpy", "onnxruntime", "prometheus_client", "rfc8785", "tokenizers", "uvicorn",
     "uvloop",
+)  # fmt: skip
+GATEWAY_PACKAGES = (
+    "boto3", "cachetools", "cryptography", "httptools", "numpy", "prometheus_client", "rfc8785", "tokenizers", "urllib3",
+    "uvicorn", "uvloop",
 )  # fmt: skip
 
 DOCKERFILE = """\
@@ -60,7 +65,7 @@ CMD ["-m", "serve.server", "--help"]
 
 def bundle(
     data: Path, split: Path, finetuned: Path, quantised: Path, name: str, target: Target, place: TargetName,
-    facts: dict[str, Any], libraries: dict[str, str], out: Path, crossed: Path | None = None,
+    facts: dict[str, Any], out: Path, crossed: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the bundle of a sub-model under `out`/bundle and, for the edge, its zip under `out`/upload.
 
@@ -75,7 +80,10 @@ def bundle(
     kebab = name.replace("_", "-")
     module = submodel.load(name)
     tree = _empty(out)
-    model_path = f"model_repository/{kebab}/1/model.onnx" if place == "gpu" else "model.onnx"
+    # rows mean products by the catalogue alone, and Triton tells its model's version with each answer: a client that has
+    # another release's catalogue then knows
+    number = int(sha256_file(split / "catalogue.json")[:7], 16) + 1
+    model_path = f"model_repository/{kebab}/{number}/model.onnx" if place == "gpu" else "model.onnx"
     _copy(quantised / "model.onnx", tree / model_path)
     graph = onnx.load(tree / model_path)
     inputs = tuple(i.name for i in graph.graph.input)
@@ -91,10 +99,10 @@ def bundle(
         if place == "gpu":
             _write(tree / f"model_repository/{kebab}-reader/{triton.CONFIG}", triton.reader_config(f"{kebab}-reader"))
     if place == "gpu":
-        _write(tree / f"model_repository/{kebab}/{triton.CONFIG}", triton.config(kebab, inputs, returned))
+        _write(tree / f"model_repository/{kebab}/{triton.CONFIG}", triton.config(kebab, inputs, returned, number))
     if place == "cpu":
         _write(tree / "Dockerfile", DOCKERFILE)
-        _write(tree / "requirements.txt", requirements(CPU_PACKAGES, libraries))
+        _write(tree / "requirements.txt", requirements(CPU_PACKAGES))
         _copy_code(tree / "serve", "serve.server", "serve.fetch")
     document = {
         "schema": SCHEMA,
@@ -154,6 +162,50 @@ def _image_template(kebab: str, key: str) -> dict[str, Any]:
                   "--port", "8080", "--prefix", f"/{kebab}", "--drain", "15"],
         "port": 8080, "health": "/readyz", "mount": "/model",
     }  # fmt: skip
+
+
+def bundle_gateway(
+    bundles: Mapping[str, Path], places: Mapping[str, TargetName], fusion: Mapping[str, Any], target: Target, out: Path
+) -> dict[str, Any]:
+    """Write the fusion gateway's bundle: code, the fusion that was fitted, and what search's requests are encoded by.
+
+    `bundles` are the folders of the fused sub-models' bundles by name.
+
+    Raises:
+        ShipyardError: the bundle is larger than its target allows.
+    """
+    tree = _empty(out)
+    manifests = {name: read_json(folder / MANIFEST) for name, folder in bundles.items()}
+    asked = {
+        name: {"artifact": told["name"], "place": places[name]}
+        | {key: told[key] for key in ("task", "level", "returned")}
+        for name, told in manifests.items()
+    }
+    pinned = {key: fusion[key] for key in ("method", "sources", "parameters")} | {"targets": asked}
+    _write(tree / FUSION, json.dumps(pinned, indent=1, sort_keys=True) + "\n")
+    search = next(name for name, told in manifests.items() if told["task"] == "search")
+    kept = ("schema", "name", "task", "level", "catalogue", "tokenizer", "max_tokens", "inputs", "returned", "model")
+    _write(tree / CODEC, json.dumps({key: manifests[search][key] for key in kept}, indent=1, sort_keys=True) + "\n")
+    for key in ("catalogue", "tokenizer"):
+        _copy(bundles[search] / manifests[search][key], tree / manifests[search][key])
+    _write(tree / "Dockerfile", DOCKERFILE.replace("serve.server", "serve.gateway"))
+    _write(tree / "requirements.txt", requirements(GATEWAY_PACKAGES))
+    _copy_code(tree / "serve", "serve.gateway", "serve.fetch")
+    manifest = _seal(tree, {"schema": SCHEMA, "name": "gateway"})
+    artifact = _artifact("gateway", None, "cpu", "gateway", manifest, tree, target.max_size_mb)
+    artifact["template"] = _gateway_template(artifact["key"])
+    return artifact
+
+
+def _gateway_template(key: str) -> dict[str, Any]:
+    """Return what a stack needs to fetch the gateway's bundle at `key` and to serve it."""
+    template = _image_template("gateway", key)
+    template["serve"] = [
+        "-m", "serve.gateway", "--bundle", template["mount"], "--artifact", "gateway", "--host", "0.0.0.0",  # noqa: S104
+        "--port", "8080", "--search", "sagemaker:@ENDPOINT@", "--cluster", "@CLUSTER_URL@", "--feedback",
+        "firehose:@FEEDBACK_STREAM@",
+    ]  # fmt: skip
+    return template
 
 
 def bundle_runtime(target: Target, out: Path) -> dict[str, Any]:
@@ -268,7 +320,7 @@ def _files(tree: Path) -> tuple[File, ...]:
     )
 
 
-def requirements(packages: tuple[str, ...], libraries: Mapping[str, str]) -> str:
+def requirements(packages: tuple[str, ...]) -> str:
     """Return pip's requirements of `packages` and of all that they need, each pinned to the version installed here."""
     waiting, found = list(packages), dict[str, str]()
     while waiting:
@@ -277,9 +329,6 @@ def requirements(packages: tuple[str, ...], libraries: Mapping[str, str]) -> str
             found[name] = importlib.metadata.version(name).partition("+")[0]
             needed = [Requirement(text) for text in importlib.metadata.requires(name) or ()]
             waiting += [r.name for r in needed if r.marker is None or r.marker.evaluate({"extra": ""})]
-    stale = [p for p in packages if libraries[p].partition("+")[0] != found[canonicalize_name(p)]]
-    if stale:
-        raise ShipyardError("bundle: a library changed while the release was made", value=", ".join(stale))
     return "".join(f"{name}=={found[name]}\n" for name in sorted(found))
 
 
