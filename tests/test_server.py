@@ -125,19 +125,20 @@ class Bundle:
         (self.folder / MANIFEST).write_text(json.dumps(document))
 
 
-def make_bundle(folder, *, search=False, offers=True, level="product", catalogue=None):
-    folder.mkdir(parents=True)
-    write_graph(folder / "model.onnx", search=search, offers=offers)
+def make_bundle(folder, *, search=False, offers=True, level="product", catalogue=None, graph="model.onnx", name=None):
+    (folder / graph).parent.mkdir(parents=True)
+    write_graph(folder / graph, search=search, offers=offers)
     catalogue = catalogue or {"products": PRODUCTS, "rows": None, "answers": None}
     (folder / "catalogue.json").write_text(json.dumps(catalogue))
     if search:
         write_tokenizer(folder / "tokenizer.json")
-    name = "search" if search else "recommend"
+    task = "search" if search else "recommend"
+    name = name or task
     document = {
         "schema": SCHEMA,
         "name": name,
-        "task": name,
-        "model": "model.onnx",
+        "task": task,
+        "model": graph,
         "level": level,
         "catalogue": "catalogue.json",
         "tokenizer": "tokenizer.json" if search else None,
@@ -161,8 +162,9 @@ def make_bundle(folder, *, search=False, offers=True, level="product", catalogue
     answers = Model(folder, document).predict(requests)
     document["golden"] = [{"request": r, "answer": a} for r, a in zip(requests, answers, strict=True)]
     document["files"] = [
-        {"path": path.name, "sha256": sha256_file(path), "bytes": path.stat().st_size}
-        for path in sorted(folder.iterdir())
+        {"path": path.relative_to(folder).as_posix(), "sha256": sha256_file(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
     ]
     (folder / MANIFEST).write_text(json.dumps(document, indent=1, sort_keys=True))
     return Bundle(folder, name)

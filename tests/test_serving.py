@@ -6,8 +6,10 @@ import contextlib
 import json
 import signal
 import socket
+import subprocess
 import threading
 import time
+import urllib.request
 
 import numpy as np
 import pytest
@@ -32,8 +34,6 @@ def server(bundle, tmp_path_factory):
 
 def metric(running, name):
     """Return a metric's value by its whole name with labels."""
-    import urllib.request
-
     text = urllib.request.urlopen(f"http://127.0.0.1:{running.port}/metrics", timeout=20).read().decode()
     return next((float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name + " ")), 0.0)
 
@@ -372,6 +372,4 @@ def test_every_cut_of_an_answer_is_refused():
 
 
 def test_an_unknown_option_ends_the_server(bundle):
-    import subprocess
-
     assert subprocess.run([*command(bundle), "--speed=9"], capture_output=True, timeout=60).returncode == 2

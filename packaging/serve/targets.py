@@ -201,9 +201,11 @@ def _post(
                 answer.close()
                 raise Gone("corrupt")
             answer.release_conn()
-        except urllib3.exceptions.TimeoutError:
-            raise Gone("late") from None
-        except (urllib3.exceptions.HTTPError, OSError):
+        except (urllib3.exceptions.HTTPError, OSError) as fault:
+            # a connection that is refused is a timeout to urllib3
+            refused = isinstance(fault, urllib3.exceptions.NewConnectionError)
+            if isinstance(fault, urllib3.exceptions.TimeoutError) and not refused:
+                raise Gone("late") from None
             if again:
                 continue
             raise Gone("unreachable") from None

@@ -58,6 +58,8 @@ HELP = {
     "publish": "verify a local release and copy it into releases/",
     "upload": "send the artifacts of a published release from build/store to a bucket",
     "synth": "synthesize the stacks with the pinned CDK CLI",
+    "up": "serve a local release on this machine: every runtime and the gateway, on loopback",
+    "down": "end what up has started",
     "show": "verify a release file and print its table",
 }
 
@@ -104,6 +106,10 @@ def parser() -> argparse.ArgumentParser:
                               "fleet.toml names in releases/)")  # fmt: skip
     synthesizing.add_argument("--out", type=Path, default=None, help="where to (default: cdk.out beside fleet.toml)")
     synthesizing.add_argument("--validate", action="store_true", help="also run the CDK's own validator (slower)")
+    serving = add("up", more=" Prints the address of a page to try it on.")
+    serving.add_argument("--release", type=Path, help="a release file (default: the newest of build/releases/)")
+    serving.add_argument("--port", type=int, default=8080, help="of the gateway; the others have the next ones")
+    add("down")
     showing = add("show", more=" Trusts the keys in the folder keys/ beside the file.")
     showing.add_argument("release", type=Path, help="path of a release file")
     showing.add_argument("--markdown", action="store_true", help="print the table in Markdown")
@@ -147,6 +153,8 @@ def _run(chosen: argparse.Namespace, reporter: Reporter) -> int:
         sent = upload_release(found, build / "store", open_store(chosen.to), reporter.progress)
         print(json.dumps({"version": found.version, "bytes_sent": sent}))
         return 0
+    if chosen.verb in ("up", "down"):
+        return _serve(chosen, build, reporter)
     if chosen.verb == "synth":
         _synth(
             chosen.fleet, chosen.out or root / "cdk.out", reporter, env=chosen.env, release=chosen.release,
@@ -203,6 +211,24 @@ def _make(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, rep
     reporter.line(f"report   {line.page()}")
     reporter.line(f"release  {path}")
     return _print(found, chosen.json)
+
+
+def _serve(chosen: argparse.Namespace, build: Path, reporter: Reporter) -> int:
+    """Start or end the fleet on this machine."""
+    module = importlib.import_module("shipyard.fleet")
+    if chosen.verb == "down":
+        print(json.dumps({"ended": module.down(build)}))
+        return 0
+    made = sorted((build / "releases").glob("*.json"), key=lambda path: path.stat().st_mtime)
+    if chosen.release is None and not made:
+        raise ShipyardError(f"{build / 'releases'}: no release", mend="shipyard release")
+    path = chosen.release or made[-1]
+    keys = load_keys(path.parent / "keys")
+    state = module.up(_read(path), keys, build, chosen.port)
+    for member in state["members"]:
+        reporter.line(f"serves   {member['name']} at {member['url']}, process {member['pid']}")
+    print(json.dumps(state) if chosen.json else f"open {state['members'][0]['url']}/ ; end it with shipyard down")
+    return 0
 
 
 def _read(path: Path) -> Release:
