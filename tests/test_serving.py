@@ -3,6 +3,8 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import importlib.metadata
+import importlib.util
 import json
 import signal
 import socket
@@ -13,11 +15,13 @@ import urllib.request
 
 import numpy as np
 import pytest
+from google.protobuf import text_format
 from test_server import GOOD, ITEMS, PRODUCTS, Bundle, command, make_bundle, serving
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 
 from serve import triton
 from serve.batch import Batcher, Busy, Late
+from serve.history import FEATURES
 from serve.runtime import Model
 
 
@@ -320,6 +324,48 @@ def test_a_swap_loses_no_request_and_a_bad_one_changes_nothing(bundle, tmp_path)
         assert set(statuses) == {200}
         assert first == {PRODUCTS[0], PRODUCTS[0] + 1}
         assert running.predict({"k": 1})[1]["products"][0]["product"] == PRODUCTS[0] + 1
+
+
+# --- Triton's configuration ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def schema():
+    """Triton's model_config.proto, as its client has it; loaded by file, for the package wants gRPC."""
+    [path] = [f for f in importlib.metadata.files("tritonclient") if f.name == "model_config_pb2.py"]
+    spec = importlib.util.spec_from_file_location("model_config_pb2", path.locate())
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("inputs", [tuple(triton.INPUTS), ("items", "features")], ids=["all inputs", "a history alone"])
+def test_a_configuration_is_one_of_tritons_schema(schema, inputs):
+    found = text_format.Parse(triton.config("search", inputs, 100, 77), schema.ModelConfig())
+    assert (found.name, found.backend, found.max_batch_size) == ("search", "onnxruntime", 32)
+    assert [one.name for one in found.input] == list(inputs)
+    told = dict(zip(inputs, found.input, strict=True))
+    assert told["items"].data_type == schema.TYPE_INT64 and list(told["items"].dims) == [-1]
+    assert told["features"].data_type == schema.TYPE_FP32 and list(told["features"].dims) == [-1, len(FEATURES)]
+    assert [(one.name, list(one.dims)) for one in found.output] == [("rows", [100]), ("scores", [100])]
+    assert list(found.version_policy.specific.versions) == [77]
+    assert found.instance_group[0].kind == schema.ModelInstanceGroup.KIND_GPU
+    assert set(found.model_warmup[0].inputs) == set(inputs)
+    for name in inputs:  # Triton wants a warm-up's shapes without unknowns
+        assert all(dim > 0 for dim in found.model_warmup[0].inputs[name].dims)
+        assert found.model_warmup[0].inputs[name].data_type == told[name].data_type
+
+
+def test_a_readers_configuration_is_one_too(schema):
+    found = text_format.Parse(triton.reader_config("search-reader"), schema.ModelConfig())
+    assert [one.name for one in found.input] == ["pair_ids", "pair_mask"]
+    assert [(one.name, list(one.dims)) for one in found.output] == [("scores", [1])]
+
+
+def test_the_schema_refuses_what_is_misspelt(schema):
+    text = triton.config("search", ("items", "features"), 100).replace("max_batch_size", "most_batch_size")
+    with pytest.raises(text_format.ParseError):
+        text_format.Parse(text, schema.ModelConfig())
 
 
 # --- Triton's protocol -----------------------------------------------------------------------------------------------

@@ -60,6 +60,7 @@ HELP = {
     "synth": "synthesize the stacks with the pinned CDK CLI",
     "up": "serve a local release on this machine: every runtime and the gateway, on loopback",
     "down": "end what up has started",
+    "collect": "make training data of what the gateway has written",
     "show": "verify a release file and print its table",
 }
 
@@ -110,6 +111,9 @@ def parser() -> argparse.ArgumentParser:
     serving.add_argument("--release", type=Path, help="a release file (default: the newest of build/releases/)")
     serving.add_argument("--port", type=int, default=8080, help="of the gateway; the others have the next ones")
     add("down")
+    collecting = add("collect", more=" Writes events.parquet and searches.parquet in the schema of docs/data.md.")
+    collecting.add_argument("journal", type=Path, help="folder of the gateway's --feedback, or a copy of its stream")
+    collecting.add_argument("--out", type=Path, required=True, help="folder to write to")
     showing = add("show", more=" Trusts the keys in the folder keys/ beside the file.")
     showing.add_argument("release", type=Path, help="path of a release file")
     showing.add_argument("--markdown", action="store_true", help="print the table in Markdown")
@@ -152,6 +156,9 @@ def _run(chosen: argparse.Namespace, reporter: Reporter) -> int:
         found = _read(root / "releases" / f"{chosen.version}.json")
         sent = upload_release(found, build / "store", open_store(chosen.to), reporter.progress)
         print(json.dumps({"version": found.version, "bytes_sent": sent}))
+        return 0
+    if chosen.verb == "collect":
+        print(json.dumps(importlib.import_module("shipyard.collect").collect(chosen.journal, chosen.out)))
         return 0
     if chosen.verb in ("up", "down"):
         return _serve(chosen, build, reporter)
