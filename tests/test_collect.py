@@ -78,6 +78,10 @@ def test_what_the_stream_delivered_twice_counts_once(journal, tmp_path):
 
 def test_the_data_stage_takes_it(journal, tmp_path):
     own = tmp_path / "own"
+    later = [
+        record | {"time": f"{day} 09:00:00"} for day in ("2017-10-20", "2017-12-01") for record in feedback("r9", 11)
+    ]
+    write(journal, *later)
     collect(journal, own)
     rows = "\n".join(f"{item},title {item},food > milk,brand,1 l" for item in range(11, 15))
     (own / "items.csv").write_text(f"item,title,category,brand,size\n{rows}\n")

@@ -332,7 +332,9 @@ def test_a_swap_loses_no_request_and_a_bad_one_changes_nothing(bundle, tmp_path)
 @pytest.fixture(scope="module")
 def schema():
     """Triton's model_config.proto, as its client has it; loaded by file, for the package wants gRPC."""
-    [path] = [f for f in importlib.metadata.files("tritonclient") if f.name == "model_config_pb2.py"]
+    path = next(
+        f for f in importlib.metadata.files("tritonclient") if f.as_posix().endswith("grpc/model_config_pb2.py")
+    )
     spec = importlib.util.spec_from_file_location("model_config_pb2", path.locate())
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
