@@ -6,7 +6,7 @@ SHIPYARD := $(BIN)/shipyard
 export JSII_SILENCE_WARNING_END_OF_LIFE_NODE_VERSION ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help setup release report compare up down synth test lint clean
+.PHONY: help setup release report compare up down bench synth test lint clean
 
 help: ## list the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ up: setup ## the fleet of the newest local release on this machine, with a page 
 
 down: setup ## end what make up has started
 	$(SHIPYARD) down
+
+bench: setup ## the CPU server beside others on one bundle and this machine; run it where nothing else runs
+	$(SHIPYARD) bench --profile $(PROFILE)
 
 synth: setup ## synthesize every environment of fleet.toml into cdk.out/
 	$(SHIPYARD) synth

@@ -23,6 +23,7 @@ from serve import triton
 from serve.batch import Batcher, Busy, Late
 from serve.history import FEATURES
 from serve.runtime import Model
+from shipyard import load
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +257,23 @@ def test_pipelined_requests_are_answered_in_their_order(server):
         connection.sendall(text + b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         told = b"".join(iter(lambda: connection.recv(65536), b"")).split(b"HTTP/1.1 200 ")[1:]
     assert [part.count(b'"product":') for part in told] == [1, 2, 3, 0]
+
+
+def test_the_load_counts_what_the_server_counts(server):
+    asked = [load.request("/v1/recommend", json.dumps(request).encode()) for request in (GOOD, {"k": 0})]
+    series = 'requests_total{path="/v1/recommend",status="%d"}'
+    before = [metric(server, series % status) for status in (200, 400)]
+    found = load.closed(server.port, asked, 0.5, 4)
+    after = [metric(server, series % status) for status in (200, 400)]
+    # those that were under way at the end are not counted by the load
+    assert 0 <= after[0] - before[0] - len(found.latencies) <= 4
+    assert after[1] - before[1] == found.others[400]
+    assert 0 < found.quantile(0.5) <= found.quantile(0.99) < 500
+
+
+def test_an_open_load_keeps_its_rate(server):
+    found = load.opened(server.port, [load.request("/v1/recommend", b"{}")], 1.0, 50)
+    assert 45 <= len(found.latencies) <= 51 and not found.others
 
 
 # --- overload, drain, swap -------------------------------------------------------------------------------------------

@@ -61,6 +61,7 @@ HELP = {
     "up": "serve a local release on this machine: every runtime and the gateway, on loopback",
     "down": "end what up has started",
     "collect": "make training data of what the gateway has written",
+    "bench": "measure the CPU server beside others on one bundle",
     "show": "verify a release file and print its table",
 }
 
@@ -111,6 +112,10 @@ def parser() -> argparse.ArgumentParser:
     serving.add_argument("--release", type=Path, help="a release file (default: the newest of build/releases/)")
     serving.add_argument("--port", type=int, default=8080, help="of the gateway; the others have the next ones")
     add("down")
+    measuring = add("bench", sizes, more=" Wants two cores, and nothing else that runs on them.")
+    measuring.add_argument("--unit", default="recommend", help="sub-model of the cpu target (default: recommend)")
+    measuring.add_argument("--peers", default="fastapi,litserve,bentoml", help="with commas between (default: all)")
+    measuring.add_argument("--seconds", type=float, default=10, help="of each measurement (default: 10)")
     collecting = add("collect", more=" Writes events.parquet and searches.parquet in the schema of docs/data.md.")
     collecting.add_argument("journal", type=Path, help="folder of the gateway's --feedback, or a copy of its stream")
     collecting.add_argument("--out", type=Path, required=True, help="folder to write to")
@@ -159,6 +164,15 @@ def _run(chosen: argparse.Namespace, reporter: Reporter) -> int:
         return 0
     if chosen.verb == "collect":
         print(json.dumps(importlib.import_module("shipyard.collect").collect(chosen.journal, chosen.out)))
+        return 0
+    if chosen.verb == "bench":
+        module = importlib.import_module("shipyard.bench")
+        names = [name for name in chosen.peers.split(",") if name]
+        bundle = build / chosen.profile / chosen.unit / "bundle" / "bundle"
+        if not bundle.is_dir():
+            raise ShipyardError(f"{bundle}: no bundle", mend=f"shipyard release --profile {chosen.profile}")
+        pins = root / "constraints.txt"
+        print(module.markdown(module.bench(bundle, names, chosen.seconds, build / "bench", pins, reporter.progress)))
         return 0
     if chosen.verb in ("up", "down"):
         return _serve(chosen, build, reporter)
