@@ -128,8 +128,10 @@ def test_bundles_hold_exactly_these_files(small: Made) -> None:
         tree = small.bundle(unit)
         return {p.relative_to(tree).as_posix() for p in tree.rglob("*") if p.is_file()}
 
-    modules = ("__init__", "asgi", "batch", "blend", "codec", "engine", "errors", "files", "history", "listen", "openapi", "runtime", "server",
-               "triton", "trust")  # fmt: skip
+    modules = (
+        "__init__", "asgi", "batch", "blend", "codec", "engine", "errors", "files", "history", "listen", "openapi", "runtime",
+        "server", "triton", "trust",
+    )  # fmt: skip
     code = {f"serve/{module}.py" for module in modules}
     number = int(sha256_file(small.bundle("search") / "catalogue.json")[:7], 16) + 1
     assert names("search") == {
