@@ -18,6 +18,7 @@ import pytest
 from conftest import ROOT, Made, make, shipyard
 from packaging.utils import canonicalize_name
 
+from serve.codec import PLURALS
 from serve.errors import ShipyardError
 from serve.files import sha256_file
 from serve.runtime import open_bundle
@@ -129,8 +130,8 @@ def test_bundles_hold_exactly_these_files(small: Made) -> None:
         return {p.relative_to(tree).as_posix() for p in tree.rglob("*") if p.is_file()}
 
     modules = (
-        "__init__", "asgi", "batch", "blend", "codec", "engine", "errors", "files", "history", "listen", "openapi", "runtime",
-        "server", "triton", "trust",
+        "__init__", "asgi", "batch", "blend", "codec", "engine", "errors", "files", "history", "listen", "openapi",
+        "runtime", "server", "triton", "trust",
     )  # fmt: skip
     code = {f"serve/{module}.py" for module in modules}
     number = int(sha256_file(small.bundle("search") / "catalogue.json")[:7], 16) + 1
@@ -257,10 +258,29 @@ def test_history_changes_the_answer(small: Made) -> None:
     assert bare != told
 
 
+@pytest.mark.parametrize("unit", UNITS)
+def test_candidates_are_ranked_as_the_whole_catalogue(small: Made, unit: str) -> None:
+    tree = small.bundle(unit)
+    name = json.loads((tree / "bundle.json").read_text())["name"]
+    model = open_bundle(tree, name, artifact(small, name).attestation, small.keys)
+    plural = PLURALS[model.answer_key]
+    request = model.manifest["golden"][1]["request"]
+    [whole] = model.predict([request | {"k": model.returned}])
+    asked = request | {"candidates": [found[model.answer_key] for found in whole[plural]][::-1]}
+    [ranked] = model.answer_ranked([asked], [model.check(asked, "request", rank=True)])
+
+    def scores(answer: dict) -> dict:
+        return {found[model.answer_key]: found["score"] for found in answer[plural]}
+
+    # equal scores may come in either order
+    assert scores(ranked) == pytest.approx(scores(whole), abs=1e-6)
+    assert list(scores(ranked).values()) == sorted(scores(ranked).values(), reverse=True)
+
+
 def test_triton_configuration_agrees_with_the_graph(small: Made) -> None:
     repository = small.bundle("search") / "model_repository" / "search"
     text = (repository / "config.pbtxt").read_text()
-    graph = onnx.load(repository / "1" / "model.onnx").graph
+    graph = onnx.load(next(repository.glob("*/model.onnx"))).graph
     for value in (*graph.input, *graph.output):
         kind = {onnx.TensorProto.INT64: "TYPE_INT64", onnx.TensorProto.FLOAT: "TYPE_FP32"}[
             value.type.tensor_type.elem_type

@@ -361,13 +361,17 @@ def schema():
 
 @pytest.mark.parametrize("inputs", [tuple(triton.INPUTS), ("items", "features")], ids=["all inputs", "a history alone"])
 def test_a_configuration_is_one_of_tritons_schema(schema, inputs):
-    found = text_format.Parse(triton.config("search", inputs, 100, 77), schema.ModelConfig())
+    found = text_format.Parse(triton.config("search", inputs, 100, 501, 77), schema.ModelConfig())
     assert (found.name, found.backend, found.max_batch_size) == ("search", "onnxruntime", 32)
     assert [one.name for one in found.input] == list(inputs)
     told = dict(zip(inputs, found.input, strict=True))
     assert told["items"].data_type == schema.TYPE_INT64 and list(told["items"].dims) == [-1]
     assert told["features"].data_type == schema.TYPE_FP32 and list(told["features"].dims) == [-1, len(FEATURES)]
-    assert [(one.name, list(one.dims)) for one in found.output] == [("rows", [100]), ("scores", [100])]
+    assert [(one.name, list(one.dims)) for one in found.output] == [
+        ("rows", [100]),
+        ("scores", [100]),
+        ("logits", [501]),
+    ]
     assert list(found.version_policy.specific.versions) == [77]
     assert found.instance_group[0].kind == schema.ModelInstanceGroup.KIND_GPU
     assert set(found.model_warmup[0].inputs) == set(inputs)
@@ -383,7 +387,7 @@ def test_a_readers_configuration_is_one_too(schema):
 
 
 def test_the_schema_refuses_what_is_misspelt(schema):
-    text = triton.config("search", ("items", "features"), 100).replace("max_batch_size", "most_batch_size")
+    text = triton.config("search", ("items", "features"), 100, 501).replace("max_batch_size", "most_batch_size")
     with pytest.raises(text_format.ParseError):
         text_format.Parse(text, schema.ModelConfig())
 

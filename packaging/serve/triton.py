@@ -50,8 +50,9 @@ def reader_config(name: str, most: int = 256) -> str:
     return "\n".join(lines) + "\n"
 
 
-def config(name: str, inputs: tuple[str, ...], returned: int, number: int = 1, most: int = 32) -> str:
-    """Return config.pbtxt of version `number` of a ranking graph: `inputs`, `returned` rows, batches of at most `most`."""
+def config(name: str, inputs: tuple[str, ...], returned: int, width: int, number: int = 1, most: int = 32) -> str:
+    """Return config.pbtxt of version `number` of a ranking graph: `inputs`, `returned` rows with their scores, `width`
+    logits, batches of at most `most`."""
     warm: Mapping[str, str] = {
         "query_ids": "dims: [ 4 ] zero_data: true", "query_mask": "dims: [ 4 ] zero_data: true",
         "items": "dims: [ 1 ] zero_data: true", "features": f"dims: [ 1, {len(FEATURES)} ] zero_data: true",
@@ -67,6 +68,8 @@ def config(name: str, inputs: tuple[str, ...], returned: int, number: int = 1, m
         ),
         f'output {{ name: "rows" data_type: TYPE_INT64 dims: [ {returned} ] }}',
         f'output {{ name: "scores" data_type: TYPE_FP32 dims: [ {returned} ] }}',
+        # large, and sent to whoever asks for it by name alone
+        f'output {{ name: "logits" data_type: TYPE_FP32 dims: [ {width} ] }}',
         "instance_group [ { count: 1 kind: KIND_GPU } ]",
         # Triton batches requests of one shape alone: clients that pad to few lengths gain most
         "dynamic_batching { max_queue_delay_microseconds: 1000 }",

@@ -30,7 +30,7 @@ from serve.errors import ShipyardError
 from serve.files import read_json, sha256_file
 from serve.fused import CODEC, FUSION
 from serve.history import FEATURES, LIMIT, OFFER
-from serve.runtime import Model
+from serve.runtime import LOGITS, Model
 from serve.trust import MANIFEST, check_bundle
 from shipyard.examples import Examples
 from shipyard.export import IR_VERSION, OPSET
@@ -87,7 +87,8 @@ def bundle(
     _copy(quantised / "model.onnx", tree / model_path)
     graph = onnx.load(tree / model_path)
     inputs = tuple(i.name for i in graph.graph.input)
-    returned = graph.graph.output[0].type.tensor_type.shape.dim[1].dim_value
+    columns = {o.name: o.type.tensor_type.shape.dim[1].dim_value for o in graph.graph.output}
+    returned, width = (columns[name] for name in ("rows", LOGITS))
     _copy(split / "catalogue.json", tree / "catalogue.json")
     if module.TASK == "search":
         _copy(finetuned / "tokenizer.json", tree / "tokenizer.json")
@@ -99,7 +100,9 @@ def bundle(
         if place == "gpu":
             _write(tree / f"model_repository/{kebab}-reader/{triton.CONFIG}", triton.reader_config(f"{kebab}-reader"))
     if place == "gpu":
-        _write(tree / f"model_repository/{kebab}/{triton.CONFIG}", triton.config(kebab, inputs, returned, number))
+        _write(
+            tree / f"model_repository/{kebab}/{triton.CONFIG}", triton.config(kebab, inputs, returned, width, number)
+        )
     if place == "cpu":
         _write(tree / "Dockerfile", DOCKERFILE)
         _write(tree / "requirements.txt", requirements(CPU_PACKAGES))
