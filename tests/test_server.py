@@ -175,7 +175,7 @@ def make_bundle(folder, *, search=False, offers=True, level="product", catalogue
 # --- the server as a process -----------------------------------------------------------------------------------------
 
 
-def command(bundle, /, **options):
+def command(bundle, /, program=("-m", "serve.server"), **options):
     chosen = {
         "bundle": bundle.folder,
         "artifact": bundle.name,
@@ -185,7 +185,7 @@ def command(bundle, /, **options):
         "threads": 1,
     } | options
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
-    return [sys.executable, "-m", "serve.server", *flags]
+    return [sys.executable, *program, *flags]
 
 
 @dataclass

@@ -20,6 +20,8 @@ SECONDS_TO_SEND = 10
 SECONDS_TO_TAKE = 30
 DEADLINE_HEADER = "x-request-timeout-ms"
 
+CLOSE = {"connection": "close"}
+
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 TRACE = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 TIMES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
@@ -144,9 +146,9 @@ class App:
 
     def _route(self, route: tuple[str, str], scope: Any, headers: Mapping[str, str]) -> Handler:
         if sum(len(name) + len(value) for name, value in headers.items()) + len(scope["raw_path"]) > LARGEST_HEAD:
-            raise Refused(431, f"allowed: headers of at most {LARGEST_HEAD} bytes")
+            raise Refused(431, f"allowed: headers of at most {LARGEST_HEAD} bytes", CLOSE)
         if len(headers) > 100 or len(scope["headers"]) > 100:
-            raise Refused(431, "allowed: at most 100 headers")
+            raise Refused(431, "allowed: at most 100 headers", CLOSE)
         if route[0] not in ("GET", "POST"):
             raise Refused(405, f"no such method: {route[0]}; allowed: GET, POST", {"Allow": "GET, POST"})
         handler = self._routes.get(route)
