@@ -206,7 +206,7 @@ def _gateway_template(key: str) -> dict[str, Any]:
     template["serve"] = [
         "-m", "serve.gateway", "--bundle", template["mount"], "--artifact", "gateway", "--host", "0.0.0.0",  # noqa: S104
         "--port", "8080", "--search", "sagemaker:@ENDPOINT@", "--cluster", "@CLUSTER_URL@", "--feedback",
-        "firehose:@FEEDBACK_STREAM@",
+        "firehose:@FEEDBACK_STREAM@", "--drain", "15",
     ]  # fmt: skip
     return template
 
