@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# before anything imports the CDK: its bundled validator takes seconds, and cfn-lint runs in the tests of stacks
+os.environ.setdefault("CDK_VALIDATION", "false")
+
 import pytest
 
 from models.config import Fleet, load_fleet

@@ -6,8 +6,6 @@ import os
 import re
 from pathlib import Path
 
-os.environ.setdefault("CDK_VALIDATION", "false")  # the bundled validator takes seconds; cfn-lint runs below
-
 import aws_cdk as cdk
 import cfnlint.api
 import pytest

@@ -212,8 +212,8 @@ def lift() -> None:
         (CloudFormationBackend, "update_stack", update),
         # moto reads JSON as YAML, which takes seconds
         (Stack, "parse_template", staticmethod(_parse)),
-        # its list of instance types ends before g5
-        (FakeEndpointConfig, "validate_instance_type", lambda self, instance_type: None),
+        # its list of instance types ends before g5, and it knows no pools of them
+        (FakeEndpointConfig, "validate_production_variants", lambda self, production_variants: None),
         # it leaves route tables behind, and then cannot delete their network
         (RouteTable, "delete", delete_route_table),
         (SageMakerRuntimeResponse, "invoke_endpoint", invoke_endpoint),
