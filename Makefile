@@ -7,7 +7,7 @@ SHIPYARD := $(BIN)/shipyard
 export JSII_SILENCE_WARNING_END_OF_LIFE_NODE_VERSION ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help setup release report compare synth bench-synth bench-artifacts test lint clean deploy-local docs
+.PHONY: help setup release report compare up down bench synth bench-synth bench-artifacts test lint clean deploy-local docs
 
 help: ## list the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,15 @@ report: setup ## the figures of a profile as one page, build/PROFILE/report.html
 
 compare: setup ## LoRA, AdaLoRA and full fine-tuning side by side on validation (PROFILE=quick)
 	$(SHIPYARD) compare --profile $(PROFILE)
+
+up: setup ## the fleet of the newest local release on this machine, with a page at http://127.0.0.1:8080/
+	$(SHIPYARD) up
+
+down: setup ## end what make up has started
+	$(SHIPYARD) down
+
+bench: setup ## the CPU server beside others on one bundle and this machine; run it where nothing else runs
+	$(SHIPYARD) bench --profile $(PROFILE)
 
 synth: setup ## synthesize every environment of fleet.toml into cdk.out/
 	$(SHIPYARD) synth

@@ -18,7 +18,9 @@ import numpy as np
 import onnx
 import pytest
 from conftest import ROOT, Made, make, shipyard
+from packaging.utils import canonicalize_name
 
+from serve.codec import PLURALS
 from serve.errors import ShipyardError
 from serve.files import sha256_file
 from serve.runtime import open_bundle
@@ -55,6 +57,7 @@ def test_release_covers_the_fleet(small: Made) -> None:
         "image-context",
         "greengrass-model",
         "greengrass-runtime",
+        "gateway",
     }
     text = small.path.read_text()
     for env in small.fleet.env.values():
@@ -118,7 +121,7 @@ def test_second_run_skips_everything(small: Made) -> None:
     again = make(small.build, "small", "--no-synth")
     spent = time.monotonic() - start
     assert "start " not in again.told
-    assert again.told.count("skipped") == 3 + 4 * len(UNITS) + 1
+    assert again.told.count("skipped") == 3 + 4 * len(UNITS) + 2
     assert again.path == small.path
     assert spent < 60  # a training takes minutes; not a measurement
 
@@ -128,17 +131,20 @@ def test_bundles_hold_exactly_these_files(small: Made) -> None:
         tree = small.bundle(unit)
         return {p.relative_to(tree).as_posix() for p in tree.rglob("*") if p.is_file()}
 
-    code = {
-        f"serve/{n}.py"
-        for n in ("__init__", "blend", "engine", "errors", "files", "history", "runtime", "server", "trust")
-    }
+    modules = (
+        "__init__", "asgi", "batch", "blend", "codec", "engine", "errors", "files", "history", "listen", "openapi",
+        "runtime", "server", "triton", "trust",
+    )  # fmt: skip
+    code = {f"serve/{module}.py" for module in modules}
+    number = int(sha256_file(small.bundle("search") / "catalogue.json")[:7], 16) + 1
     assert names("search") == {
         "bundle.json",
         "catalogue.json",
         "tokenizer.json",
         "model_repository/search/config.pbtxt",
-        "model_repository/search/1/model.onnx",
+        f"model_repository/search/{number}/model.onnx",
     }
+    assert f"versions: [ {number} ]" in (small.bundle("search") / "model_repository/search/config.pbtxt").read_text()
     assert names("recommend") == names("recommend_types") == names("intent")
     assert names("recommend") == code | {
         "bundle.json",
@@ -147,6 +153,17 @@ def test_bundles_hold_exactly_these_files(small: Made) -> None:
         "Dockerfile",
         "requirements.txt",
         "serve/fetch.py",
+    }
+    fusing = {"feedback", "fetch", "fused", "fusion", "gateway", "targets"}
+    kept = code - {f"serve/{module}.py" for module in ("batch", "blend", "engine", "runtime", "server")}
+    assert names("gateway") == kept | {f"serve/{module}.py" for module in fusing} | {
+        "bundle.json",
+        "catalogue.json",
+        "fusion.json",
+        "search.json",
+        "tokenizer.json",
+        "Dockerfile",
+        "requirements.txt",
     }
     assert names("edge_recommend") == {"bundle.json", "catalogue.json", "model.onnx"}
     assert names("edge_runtime") == code | {"bundle.json", "install.sh", "run.sh"}
@@ -159,7 +176,7 @@ def test_requirements_of_the_image_are_those_that_the_code_imports(small: Made) 
     tree = small.bundle("recommend")
     pinned = {line.partition("==")[0] for line in (tree / "requirements.txt").read_text().splitlines()}
     _, libraries = closure(("serve.server", "serve.fetch"))
-    assert pinned >= {name for name in libraries if name != "botocore"}
+    assert pinned >= {canonicalize_name(name) for name in libraries} | {"botocore", "h11", "click"}
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -173,12 +190,6 @@ def test_bundle_is_the_same_bytes_elsewhere(
     before = os.umask(0o077)
     place = small.fleet.submodel[unit].target
     facts = json.loads((small.bundle(unit) / "bundle.json").read_text())["facts"]
-    _, libraries = closure(
-        (
-            "serve.server",
-            "serve.fetch",
-        )
-    )
     # what a run that was killed may have left
     for left in ("bundle/bundle.json", "bundle/model.onnx", "upload/part.zip"):
         (tmp_path / left).parent.mkdir(exist_ok=True)
@@ -193,7 +204,6 @@ def test_bundle_is_the_same_bytes_elsewhere(
             small.fleet.target[place],
             place,
             facts,
-            libraries,
             tmp_path,
         )
     finally:
@@ -267,10 +277,29 @@ def test_history_changes_the_answer(small: Made) -> None:
     assert bare != told
 
 
+@pytest.mark.parametrize("unit", UNITS)
+def test_candidates_are_ranked_as_the_whole_catalogue(small: Made, unit: str) -> None:
+    tree = small.bundle(unit)
+    name = json.loads((tree / "bundle.json").read_text())["name"]
+    model = open_bundle(tree, name, artifact(small, name).attestation, small.keys)
+    plural = PLURALS[model.answer_key]
+    request = model.manifest["golden"][1]["request"]
+    [whole] = model.predict([request | {"k": model.returned}])
+    asked = request | {"candidates": [found[model.answer_key] for found in whole[plural]][::-1]}
+    [ranked] = model.answer_ranked([asked], [model.check(asked, "request", rank=True)])
+
+    def scores(answer: dict) -> dict:
+        return {found[model.answer_key]: found["score"] for found in answer[plural]}
+
+    # equal scores may come in either order
+    assert scores(ranked) == pytest.approx(scores(whole), abs=1e-6)
+    assert list(scores(ranked).values()) == sorted(scores(ranked).values(), reverse=True)
+
+
 def test_triton_configuration_agrees_with_the_graph(small: Made) -> None:
     repository = small.bundle("search") / "model_repository" / "search"
     text = (repository / "config.pbtxt").read_text()
-    graph = onnx.load(repository / "1" / "model.onnx").graph
+    graph = onnx.load(next(repository.glob("*/model.onnx"))).graph
     for value in (*graph.input, *graph.output):
         kind = {onnx.TensorProto.INT64: "TYPE_INT64", onnx.TensorProto.FLOAT: "TYPE_FP32"}[
             value.type.tensor_type.elem_type
@@ -302,7 +331,7 @@ def test_release_is_uploaded_from_where_it_was_made(small: Made, tmp_path: Path)
 def test_stacks_were_synthesized(small: Made) -> None:
     templates = list((small.build / "small" / "cdk.out").rglob("*.template.json"))
     for env in small.fleet.env:
-        stacks = {"storage", "network", "gpu", "cpu", "edge"}
+        stacks = {"storage", "network", "gpu", "cpu", "edge", "gateway"}
         assert stacks <= {
             path.name[len(env) : -len(".template.json") - 8] for path in templates if path.name.startswith(env)
         }

@@ -23,12 +23,14 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from models.release import attest
+from serve.asgi import LARGEST_BODY
+from serve.codec import LONGEST_QUERY, MOST_HISTORY, SCHEMA, BadRequest
 from serve.engine import ENGINE
 from serve.errors import ShipyardError
 from serve.files import sha256_file
-from serve.history import FEATURES, LIMIT, MOST_OFFERS, OFFER
-from serve.runtime import KINDS, LONGEST_QUERY, MOST_HISTORY, SCHEMA, BadRequest, Model, open_bundle
-from serve.server import LARGEST_BODY, MOST_REQUESTS
+from serve.history import FEATURES, KINDS, LIMIT, MOST_OFFERS, OFFER
+from serve.runtime import Model, open_bundle
+from serve.server import MOST_REQUESTS
 from serve.trust import MANIFEST, key_id
 
 ITEMS = 12
@@ -79,9 +81,11 @@ def write_graph(file, *, search=False, offers=True):
         ]
         logits = "met"
     nodes.append(helper.make_node("TopK", [logits, "returned"], ["scores", "rows"], axis=1))
+    nodes.append(helper.make_node("Identity", [logits], ["logits"]))
     outputs = [
         helper.make_tensor_value_info("rows", TensorProto.INT64, ["B", ITEMS]),
         helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["B", ITEMS]),
+        helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["B", ITEMS + 1]),
     ]
     weights = [numpy_helper.from_array(value, name) for name, value in constants.items()]
     graph = helper.make_graph(nodes, "ranker", inputs, outputs, weights)
@@ -123,19 +127,20 @@ class Bundle:
         (self.folder / MANIFEST).write_text(json.dumps(document))
 
 
-def make_bundle(folder, *, search=False, offers=True, level="product", catalogue=None):
-    folder.mkdir(parents=True)
-    write_graph(folder / "model.onnx", search=search, offers=offers)
+def make_bundle(folder, *, search=False, offers=True, level="product", catalogue=None, graph="model.onnx", name=None):
+    (folder / graph).parent.mkdir(parents=True)
+    write_graph(folder / graph, search=search, offers=offers)
     catalogue = catalogue or {"products": PRODUCTS, "rows": None, "answers": None}
     (folder / "catalogue.json").write_text(json.dumps(catalogue))
     if search:
         write_tokenizer(folder / "tokenizer.json")
-    name = "search" if search else "recommend"
+    task = "search" if search else "recommend"
+    name = name or task
     document = {
         "schema": SCHEMA,
         "name": name,
-        "task": name,
-        "model": "model.onnx",
+        "task": task,
+        "model": graph,
         "level": level,
         "catalogue": "catalogue.json",
         "tokenizer": "tokenizer.json" if search else None,
@@ -159,8 +164,9 @@ def make_bundle(folder, *, search=False, offers=True, level="product", catalogue
     answers = Model(folder, document).predict(requests)
     document["golden"] = [{"request": r, "answer": a} for r, a in zip(requests, answers, strict=True)]
     document["files"] = [
-        {"path": path.name, "sha256": sha256_file(path), "bytes": path.stat().st_size}
-        for path in sorted(folder.iterdir())
+        {"path": path.relative_to(folder).as_posix(), "sha256": sha256_file(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
     ]
     (folder / MANIFEST).write_text(json.dumps(document, indent=1, sort_keys=True))
     return Bundle(folder, name)
@@ -169,7 +175,7 @@ def make_bundle(folder, *, search=False, offers=True, level="product", catalogue
 # --- the server as a process -----------------------------------------------------------------------------------------
 
 
-def command(bundle, /, **options):
+def command(bundle, /, program=("-m", "serve.server"), **options):
     chosen = {
         "bundle": bundle.folder,
         "artifact": bundle.name,
@@ -179,7 +185,7 @@ def command(bundle, /, **options):
         "threads": 1,
     } | options
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
-    return [sys.executable, "-m", "serve.server", *flags]
+    return [sys.executable, *program, *flags]
 
 
 @dataclass
@@ -211,9 +217,9 @@ class Running:
 
 
 @contextlib.contextmanager
-def serving(bundle, log):
+def serving(bundle, log, /, **options):
     with log.open("w") as stream:
-        process = subprocess.Popen(command(bundle), stderr=stream, stdout=stream)
+        process = subprocess.Popen(command(bundle, **options), stderr=stream, stdout=stream)
     try:
         deadline = time.monotonic() + 60
         while "ready: " not in log.read_text():
@@ -463,11 +469,12 @@ def test_no_depth_of_nesting_is_our_fault(server):
             assert answer.status == 400, depth
 
 
-@pytest.mark.parametrize("path", ["/", "/v1/search", "/v1/recommend/", "/v1/recommend?k=3", "/../etc/passwd", "/推荐"])
+@pytest.mark.parametrize(
+    "path", ["/", "/v1/search", "/v1/recommend/", "/v1/recommend?k=3", "/../etc/passwd", "/%E6%8E%A8", "/\x80"]
+)
 def test_a_wrong_path_is_refused(server, path):
-    quoted = path.encode().decode("latin-1")
-    request = f"POST {quoted} HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{{}}"
-    assert_refused(server, *server.raw(request.encode("latin-1")), allowed={404})
+    request = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{{}}"
+    assert_refused(server, *server.raw(request.encode("latin-1")), allowed={404} if path.isascii() else {400})
 
 
 @pytest.mark.parametrize("path", ["/", "/readyz/", "/v1/recommend"])
@@ -475,7 +482,7 @@ def test_there_is_nothing_else_to_get(server, path):
     assert_refused(server, *server.ask("GET", path)[:2], allowed={404})
 
 
-@pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "BREW"])
+@pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"])
 def test_a_wrong_method_is_refused(server, method):
     status, answer, headers = server.ask(method, "/v1/recommend", b"{}")
     assert_refused(server, status, answer, allowed={405})
@@ -488,15 +495,15 @@ def test_an_answer_to_head_has_no_body(server):
 
 HEADERS = {
     "no length": ("", 411),
-    "length of no number": ("Content-Length: two\r\n", 411),
-    "length negative": ("Content-Length: -2\r\n", 411),
-    "length with a sign": ("Content-Length: +2\r\n", 411),
-    "length of a superscript": ("Content-Length: ²\r\n", 411),
-    "length twice": ("Content-Length: 2\r\nContent-Length: 3\r\n", 411),
+    "length of no number": ("Content-Length: two\r\n", 400),
+    "length negative": ("Content-Length: -2\r\n", 400),
+    "length with a sign": ("Content-Length: +2\r\n", 400),
+    "length of a superscript": ("Content-Length: ²\r\n", 400),
+    "length twice": ("Content-Length: 2\r\nContent-Length: 3\r\n", 400),
     "length too large": (f"Content-Length: {LARGEST_BODY + 1}\r\n", 413),
-    "length of 5,000 digits": (f"Content-Length: {'9' * 5000}\r\n", 413),
+    "length of 5,000 digits": (f"Content-Length: {'9' * 5000}\r\n", 400),
     "chunked": ("Transfer-Encoding: chunked\r\n", 411),
-    "chunked with a length": ("Transfer-Encoding: chunked\r\nContent-Length: 2\r\n", 411),
+    "chunked with a length": ("Transfer-Encoding: chunked\r\nContent-Length: 2\r\n", 400),
     "too many headers": ("".join(f"X-{i}: 1\r\n" for i in range(200)), 431),
     "too long a header": (f"X: {'x' * 70_000}\r\n", 431),
 }
@@ -515,9 +522,10 @@ def test_bad_headers_are_refused(server, what):
         ("POST", 400),
         ("POST /v1/recommend HTTP/1.1 more", 400),
         ("POST /v1/recommend HTTP/x.y", 400),
+        ("BREW /v1/recommend HTTP/1.1", 400),
         ("\x16\x03\x01 hello", 400),
-        ("POST /" + "a" * 70_000 + " HTTP/1.1", 414),
-        ("POST /v1/recommend HTTP/3.0", 505),
+        ("POST /" + "a" * 40_000 + " HTTP/1.1", 431),
+        ("POST /v1/recommend HTTP/3.0", 400),
     ],
     ids=lambda value: repr(value)[:30],
 )
@@ -554,9 +562,7 @@ def test_a_client_that_goes_away_leaves_no_trace_and_no_harm(server):
 
 def test_control_characters_do_not_reach_the_log(server):
     server.raw(b"GET /\x1b[31m HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-    text = server.log.read_text()
-    assert "\x1b" not in text
-    assert "\\x1b[31m" in text
+    assert "\x1b" not in server.log.read_text()
 
 
 # --- start and end ---------------------------------------------------------------------------------------------------

@@ -160,7 +160,7 @@ def test_readme_adds_a_submodel(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     made = json.loads(done.stdout)
-    assert set(made) == {*FLEET.submodel, name, "edge_runtime"}
+    assert set(made) == {*FLEET.submodel, name, "edge_runtime", "gateway"}
     assert made[name]["kind"] == "triton"
     bundle = tmp_path / "build" / "tiny" / name / "bundle" / "bundle"
     manifest = json.loads((bundle / "bundle.json").read_text())

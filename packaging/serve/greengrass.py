@@ -76,7 +76,7 @@ python3 - <<'PYTHON'
 import importlib, sys
 if sys.version_info < (3, 11):
     sys.exit("error: Python %d.%d; allowed: 3.11 or newer" % sys.version_info[:2])
-for name in ("cryptography", "numpy", "onnxruntime", "rfc8785"):
+for name in ("cryptography", "httptools", "numpy", "onnxruntime", "prometheus_client", "rfc8785", "uvicorn", "uvloop"):
     try:
         importlib.import_module(name)
     except ImportError:

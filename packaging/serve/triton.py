@@ -1,13 +1,29 @@
-"""The public GPU endpoint: the Triton model repository's config.pbtxt.
+"""The public GPU endpoint: the Triton model repository's config.pbtxt, and the protocol that it speaks.
 
 Fields are those of Triton's model_config.proto; the ONNX Runtime back end reads the graph from <model>/<version>/model.onnx.
+Requests and answers are the KServe v2 inference protocol with Triton's binary tensor data extension: a head in JSON, then
+the tensors' bytes, little-endian. SageMaker has the head's length in the content type.
 """
 
+import json
 from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from serve.history import FEATURES, OFFER
 
+CONTENT = "application/vnd.sagemaker-triton.binary+json"
+HEADER_LENGTH = "Inference-Header-Content-Length"
+TYPES: dict[str, np.dtype[Any]] = {"INT64": np.dtype("<i8"), "FP32": np.dtype("<f4")}
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+
 CONFIG = "config.pbtxt"
+
+OUTPUTS = ("rows", "scores")
+"""What a client of the endpoint asks for."""
 
 INPUTS = {
     "query_ids": ("TYPE_INT64", "[ -1 ]"),
@@ -34,8 +50,9 @@ def reader_config(name: str, most: int = 256) -> str:
     return "\n".join(lines) + "\n"
 
 
-def config(name: str, inputs: tuple[str, ...], returned: int, most: int = 32) -> str:
-    """Return config.pbtxt of a ranking graph that takes `inputs` and returns `returned` rows, batches of at most `most`."""
+def config(name: str, inputs: tuple[str, ...], returned: int, width: int, number: int = 1, most: int = 32) -> str:
+    """Return config.pbtxt of version `number` of a ranking graph: `inputs`, `returned` rows with their scores, `width`
+    logits, batches of at most `most`."""
     warm: Mapping[str, str] = {
         "query_ids": "dims: [ 4 ] zero_data: true", "query_mask": "dims: [ 4 ] zero_data: true",
         "items": "dims: [ 1 ] zero_data: true", "features": f"dims: [ 1, {len(FEATURES)} ] zero_data: true",
@@ -51,6 +68,8 @@ def config(name: str, inputs: tuple[str, ...], returned: int, most: int = 32) ->
         ),
         f'output {{ name: "rows" data_type: TYPE_INT64 dims: [ {returned} ] }}',
         f'output {{ name: "scores" data_type: TYPE_FP32 dims: [ {returned} ] }}',
+        # large, and sent to whoever asks for it by name alone
+        f'output {{ name: "logits" data_type: TYPE_FP32 dims: [ {width} ] }}',
         "instance_group [ { count: 1 kind: KIND_GPU } ]",
         # Triton batches requests of one shape alone: clients that pad to few lengths gain most
         "dynamic_batching { max_queue_delay_microseconds: 1000 }",
@@ -58,6 +77,79 @@ def config(name: str, inputs: tuple[str, ...], returned: int, most: int = 32) ->
         '  name: "one request" batch_size: 1',
         *(f'  inputs {{ key: "{i}" value {{ data_type: {INPUTS[i][0]} {warm[i]} }} }}' for i in inputs),
         "} ]",
-        "version_policy { specific { versions: [ 1 ] } }",
+        f"version_policy {{ specific {{ versions: [ {number} ] }} }}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def write_request(inputs: Arrays, outputs: tuple[str, ...] = OUTPUTS) -> tuple[bytes, int]:
+    """Return the body of an inference request and the length of its head in bytes."""
+    told, data = _tensors(inputs)
+    wanted = [{"name": name, "parameters": {"binary_data": True}} for name in outputs]
+    head = json.dumps({"inputs": told, "outputs": wanted}).encode()
+    return head + data, len(head)
+
+
+def read_request(body: bytes, head_length: int) -> dict[str, npt.NDArray[Any]]:
+    """Return the inputs of a request.
+
+    Raises:
+        ValueError, KeyError, TypeError: the body is none.
+    """
+    head = json.loads(body[:head_length]) if 0 < head_length <= len(body) else None
+    return _arrays(head["inputs"] if isinstance(head, dict) else None, body[max(0, head_length) :])
+
+
+def write_answer(name: str, version: str, outputs: Arrays) -> tuple[bytes, int]:
+    """Return the body of an answer of a model, and the length of its head in bytes."""
+    told, data = _tensors(outputs)
+    head = json.dumps({"model_name": name, "model_version": version, "outputs": told}).encode()
+    return head + data, len(head)
+
+
+def read_answer(body: bytes, head_length: int) -> tuple[str, dict[str, npt.NDArray[Any]]]:
+    """Return the version of the model that answered, and its outputs by name.
+
+    Raises:
+        ValueError, KeyError, TypeError: the body is no answer.
+    """
+    head = json.loads(body[:head_length]) if 0 < head_length <= len(body) else None
+    if not isinstance(head, dict):
+        raise ValueError("no head")
+    return str(head["model_version"]), _arrays(head["outputs"], body[head_length:])
+
+
+def version(model: str) -> str:
+    """Return the version in a path as model_repository/search/1/model.onnx."""
+    return model.split("/")[-2]
+
+
+def _tensors(arrays: Arrays) -> tuple[list[dict[str, Any]], bytes]:
+    told, parts = [], []
+    for name, array in arrays.items():
+        kind = next(kind for kind, found in TYPES.items() if found == array.dtype)
+        parts.append(np.ascontiguousarray(array, TYPES[kind]).tobytes())
+        told.append(
+            {
+                "name": name, "shape": list(array.shape), "datatype": kind,
+                "parameters": {"binary_data_size": len(parts[-1])},
+            }
+        )  # fmt: skip
+    return told, b"".join(parts)
+
+
+def _arrays(told: Any, data: bytes) -> dict[str, npt.NDArray[Any]]:
+    if not isinstance(told, list):
+        raise ValueError("no tensors")
+    found, at = {}, 0
+    for tensor in told:
+        size = tensor["parameters"]["binary_data_size"]
+        shape = tensor["shape"]
+        if type(size) is not int or size < 0 or any(type(n) is not int or n < 0 for n in shape):
+            raise ValueError(f"size of {tensor['name']}")
+        # reshape and frombuffer refuse what does not fit
+        found[str(tensor["name"])] = np.frombuffer(data[at : at + size], TYPES[tensor["datatype"]]).reshape(shape)
+        at += size
+    if at != len(data):
+        raise ValueError(f"{len(data)} bytes of tensors, told {at}")
+    return found

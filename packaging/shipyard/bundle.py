@@ -5,39 +5,50 @@ digest and says what a runtime must know; the bundle holds no time, no path and 
 """
 
 import hashlib
+import importlib.metadata
 import json
 import shutil
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-import serve
 from models import submodel
 from models.behaviour import VALIDATION, load_behaviour
 from models.config import Target, TargetName
 from models.cross import MAX_TOKENS as PAIR_TOKENS
 from models.release import File, artifact_key, files_digest
 from serve import greengrass, triton
+from serve.codec import SCHEMA
 from serve.engine import ENGINE
 from serve.errors import ShipyardError
-from serve.files import sha256_file
+from serve.files import read_json, sha256_file
+from serve.fused import CODEC, FUSION
 from serve.history import FEATURES, LIMIT, OFFER
-from serve.runtime import SCHEMA, Model
+from serve.runtime import LOGITS, Model
 from serve.trust import MANIFEST, check_bundle
 from shipyard.archive import write_tar_gz
 from shipyard.examples import Examples
 from shipyard.export import IR_VERSION, OPSET
-
-CODE = Path(serve.__file__).parent
+from shipyard.stage import closure
 
 ARCHIVE = "model.tar.gz"
 """Triton's model repository in one object, beside the repository itself, which everything else reads."""
 
 # what a process of the private cluster imports, with the versions that the release was tested with
-CPU_PACKAGES = ("boto3", "cryptography", "numpy", "onnxruntime", "rfc8785", "tokenizers")
+CPU_PACKAGES = (
+    "boto3", "cryptography", "httptools", "numpy", "onnxruntime", "prometheus_client", "rfc8785", "tokenizers", "uvicorn",
+    "uvloop",
+)  # fmt: skip
+GATEWAY_PACKAGES = (
+    "boto3", "cachetools", "cryptography", "httptools", "numpy", "prometheus_client", "rfc8785", "tokenizers", "urllib3",
+    "uvicorn", "uvloop",
+)  # fmt: skip
 
 DOCKERFILE = """\
 # docker build --platform linux/arm64 -t REPOSITORY . ; then name the pushed image's digest in fleet.toml
@@ -58,7 +69,7 @@ CMD ["-m", "serve.server", "--help"]
 
 def bundle(
     data: Path, split: Path, finetuned: Path, quantised: Path, name: str, target: Target, place: TargetName,
-    facts: dict[str, Any], libraries: dict[str, str], out: Path, crossed: Path | None = None,
+    facts: dict[str, Any], out: Path, crossed: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the bundle of a sub-model under `out`/bundle and, for the edge, its zip under `out`/upload.
 
@@ -73,11 +84,15 @@ def bundle(
     kebab = name.replace("_", "-")
     module = submodel.load(name)
     tree = _empty(out)
-    model_path = f"model_repository/{kebab}/1/model.onnx" if place == "gpu" else "model.onnx"
+    # rows mean products by the catalogue alone, and Triton tells its model's version with each answer: a client that has
+    # another release's catalogue then knows
+    number = int(sha256_file(split / "catalogue.json")[:7], 16) + 1
+    model_path = f"model_repository/{kebab}/{number}/model.onnx" if place == "gpu" else "model.onnx"
     _copy(quantised / "model.onnx", tree / model_path)
     graph = onnx.load(tree / model_path)
     inputs = tuple(i.name for i in graph.graph.input)
-    returned = graph.graph.output[0].type.tensor_type.shape.dim[1].dim_value
+    columns = {o.name: o.type.tensor_type.shape.dim[1].dim_value for o in graph.graph.output}
+    returned, width = (columns[name] for name in ("rows", LOGITS))
     _copy(split / "catalogue.json", tree / "catalogue.json")
     if module.TASK == "search":
         _copy(finetuned / "tokenizer.json", tree / "tokenizer.json")
@@ -89,13 +104,15 @@ def bundle(
         if place == "gpu":
             _write(tree / f"model_repository/{kebab}-reader/{triton.CONFIG}", triton.reader_config(f"{kebab}-reader"))
     if place == "gpu":
-        _write(tree / f"model_repository/{kebab}/{triton.CONFIG}", triton.config(kebab, inputs, returned))
+        _write(
+            tree / f"model_repository/{kebab}/{triton.CONFIG}", triton.config(kebab, inputs, returned, width, number)
+        )
     if target.archive is not None and place == "gpu":
         write_tar_gz(tree / "model_repository", tree / ARCHIVE)
     if place == "cpu":
         _write(tree / "Dockerfile", DOCKERFILE)
-        _write(tree / "requirements.txt", "".join(f"{p}=={libraries[p].partition('+')[0]}\n" for p in CPU_PACKAGES))
-        _copy_code(tree / "serve", ("server.py", "fetch.py"))
+        _write(tree / "requirements.txt", requirements(CPU_PACKAGES))
+        _copy_code(tree / "serve", "serve.server", "serve.fetch")
     document = {
         "schema": SCHEMA,
         "name": kebab,
@@ -153,15 +170,59 @@ def _image_template(kebab: str, key: str) -> dict[str, Any]:
         },
         "fetch": ["-m", "serve.fetch", f"s3://@BUCKET@/{key}", "--artifact", kebab, "--into", "/model"],
         "serve": ["-m", "serve.server", "--bundle", "/model", "--artifact", kebab, "--host", "0.0.0.0",  # noqa: S104
-                  "--port", "8080"],
+                  "--port", "8080", "--prefix", f"/{kebab}", "--drain", "15"],
         "port": 8080, "health": "/readyz", "mount": "/model",
     }  # fmt: skip
+
+
+def bundle_gateway(
+    bundles: Mapping[str, Path], places: Mapping[str, TargetName], fusion: Mapping[str, Any], target: Target, out: Path
+) -> dict[str, Any]:
+    """Write the fusion gateway's bundle: code, the fusion that was fitted, and what search's requests are encoded by.
+
+    `bundles` are the folders of the fused sub-models' bundles by name.
+
+    Raises:
+        ShipyardError: the bundle is larger than its target allows.
+    """
+    tree = _empty(out)
+    manifests = {name: read_json(folder / MANIFEST) for name, folder in bundles.items()}
+    asked = {
+        name: {"artifact": told["name"], "place": places[name]}
+        | {key: told[key] for key in ("task", "level", "returned")}
+        for name, told in manifests.items()
+    }
+    pinned = {key: fusion[key] for key in ("method", "sources", "parameters")} | {"targets": asked}
+    _write(tree / FUSION, json.dumps(pinned, indent=1, sort_keys=True) + "\n")
+    search = next(name for name, told in manifests.items() if told["task"] == "search")
+    kept = ("schema", "name", "task", "level", "catalogue", "tokenizer", "max_tokens", "inputs", "returned", "model")
+    _write(tree / CODEC, json.dumps({key: manifests[search][key] for key in kept}, indent=1, sort_keys=True) + "\n")
+    for key in ("catalogue", "tokenizer"):
+        _copy(bundles[search] / manifests[search][key], tree / manifests[search][key])
+    _write(tree / "Dockerfile", DOCKERFILE.replace("serve.server", "serve.gateway"))
+    _write(tree / "requirements.txt", requirements(GATEWAY_PACKAGES))
+    _copy_code(tree / "serve", "serve.gateway", "serve.fetch")
+    manifest = _seal(tree, {"schema": SCHEMA, "name": "gateway"})
+    artifact = _artifact("gateway", None, "cpu", "gateway", manifest, tree, target.max_size_mb)
+    artifact["template"] = _gateway_template(artifact["key"])
+    return artifact
+
+
+def _gateway_template(key: str) -> dict[str, Any]:
+    """Return what a stack needs to fetch the gateway's bundle at `key` and to serve it."""
+    template = _image_template("gateway", key)
+    template["serve"] = [
+        "-m", "serve.gateway", "--bundle", template["mount"], "--artifact", "gateway", "--host", "0.0.0.0",  # noqa: S104
+        "--port", "8080", "--search", "sagemaker:@ENDPOINT@", "--cluster", "@CLUSTER_URL@", "--feedback",
+        "firehose:@FEEDBACK_STREAM@", "--drain", "15",
+    ]  # fmt: skip
+    return template
 
 
 def bundle_runtime(target: Target, out: Path) -> dict[str, Any]:
     """Write the edge's runtime, code alone, as a bundle and its zip; return its artifact."""
     tree = _empty(out)
-    _copy_code(tree / "serve", ("server.py",))
+    _copy_code(tree / "serve", "serve.server")
     _write(tree / "install.sh", greengrass.INSTALL)
     _write(tree / "run.sh", greengrass.RUN)
     manifest = _seal(tree, {"schema": SCHEMA, "name": "edge-runtime", "engine": ENGINE})
@@ -270,20 +331,22 @@ def _files(tree: Path) -> tuple[File, ...]:
     )
 
 
-def _copy_code(into: Path, entries: tuple[str, ...]) -> None:
-    """Copy the runtime's code: what every target runs, and the entry points of this one."""
-    for name in (
-        "__init__.py",
-        "engine.py",
-        "errors.py",
-        "files.py",
-        "blend.py",
-        "history.py",
-        "runtime.py",
-        "trust.py",
-        *entries,
-    ):
-        _copy(CODE / name, into / name)
+def requirements(packages: tuple[str, ...]) -> str:
+    """Return pip's requirements of `packages` and of all that they need, each pinned to the version installed here."""
+    waiting, found = list(packages), dict[str, str]()
+    while waiting:
+        name = canonicalize_name(waiting.pop())
+        if name not in found:
+            found[name] = importlib.metadata.version(name).partition("+")[0]
+            needed = [Requirement(text) for text in importlib.metadata.requires(name) or ()]
+            waiting += [r.name for r in needed if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return "".join(f"{name}=={found[name]}\n" for name in sorted(found))
+
+
+def _copy_code(into: Path, *modules: str) -> None:
+    """Copy the runtime's modules that `modules` reach by imports."""
+    for path in closure(modules)[0].values():
+        _copy(path, into / path.name)
 
 
 def _copy(source: Path, target: Path) -> None:

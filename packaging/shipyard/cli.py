@@ -69,6 +69,10 @@ HELP = {
     "verify": "check a release, a bundle of it, or all that a store holds of it, digest by digest",
     "diff": "print what differs between two releases",
     "gc": "list, or delete, what lies in a store and no release refers to",
+    "up": "serve a local release on this machine: every runtime and the gateway, on loopback",
+    "down": "end what up has started",
+    "collect": "make training data of what the gateway has written",
+    "bench": "measure the CPU server beside others on one bundle",
 }
 
 REVIEW = {
@@ -145,6 +149,17 @@ def parser() -> argparse.ArgumentParser:
     collecting.add_argument("--store", required=True, help="a folder or s3://bucket")
     collecting.add_argument("--older-than", type=float, default=7.0, metavar="DAYS", help="days (default: 7)")
     collecting.add_argument("--delete", action="store_true", help="delete it; without this it is listed alone")
+    serving = add("up", more=" Prints the address of a page to try it on.")
+    serving.add_argument("--release", type=Path, help="a release file (default: the newest of build/releases/)")
+    serving.add_argument("--port", type=int, default=8080, help="of the gateway; the others have the next ones")
+    add("down")
+    measuring = add("bench", sizes, more=" Wants two cores, and nothing else that runs on them.")
+    measuring.add_argument("--unit", default="recommend", help="sub-model of the cpu target (default: recommend)")
+    measuring.add_argument("--peers", default="fastapi,litserve,bentoml", help="with commas between (default: all)")
+    measuring.add_argument("--seconds", type=float, default=10, help="of each measurement (default: 10)")
+    gathering = add("collect", more=" Writes events.parquet and searches.parquet in the schema of docs/data.md.")
+    gathering.add_argument("journal", type=Path, help="folder of the gateway's --feedback, or a copy of its stream")
+    gathering.add_argument("--out", type=Path, required=True, help="folder to write to")
     return top
 
 
@@ -186,6 +201,20 @@ def _run(chosen: argparse.Namespace, reporter: Reporter) -> int:
         return 0
     if chosen.verb == "gc":
         return _collect(chosen, fleet, (root / "releases", build / "releases"), reporter)
+    if chosen.verb == "collect":
+        print(json.dumps(importlib.import_module("shipyard.collect").collect(chosen.journal, chosen.out)))
+        return 0
+    if chosen.verb == "bench":
+        module = importlib.import_module("shipyard.bench")
+        names = [name for name in chosen.peers.split(",") if name]
+        bundle = build / chosen.profile / chosen.unit / "bundle" / "bundle"
+        if not bundle.is_dir():
+            raise ShipyardError(f"{bundle}: no bundle", mend=f"shipyard release --profile {chosen.profile}")
+        pins = root / "constraints.txt"
+        print(module.markdown(module.bench(bundle, names, chosen.seconds, build / "bench", pins, reporter.progress)))
+        return 0
+    if chosen.verb in ("up", "down"):
+        return _serve(chosen, build, reporter)
     if chosen.verb == "synth":
         _synth(
             chosen.fleet, chosen.out or root / "cdk.out", reporter, env=chosen.env, release=chosen.release,
@@ -300,6 +329,24 @@ def _deploy_local(chosen: argparse.Namespace, release: Path, key: Signer, build:
         reporter.line(f"{name:<22}{cycle.sentence(found)}")
     if chosen.json:
         print(json.dumps(told))
+    return 0
+
+
+def _serve(chosen: argparse.Namespace, build: Path, reporter: Reporter) -> int:
+    """Start or end the fleet on this machine."""
+    module = importlib.import_module("shipyard.fleet")
+    if chosen.verb == "down":
+        print(json.dumps({"ended": module.down(build)}))
+        return 0
+    made = sorted((build / "releases").glob("*.json"), key=lambda path: path.stat().st_mtime)
+    if chosen.release is None and not made:
+        raise ShipyardError(f"{build / 'releases'}: no release", mend="shipyard release")
+    path = chosen.release or made[-1]
+    keys = load_keys(path.parent / "keys")
+    state = module.up(_read(path), keys, build, chosen.port)
+    for member in state["members"]:
+        reporter.line(f"serves   {member['name']} at {member['url']}, process {member['pid']}")
+    print(json.dumps(state) if chosen.json else f"open {state['members'][0]['url']}/ ; end it with shipyard down")
     return 0
 
 

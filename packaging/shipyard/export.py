@@ -1,7 +1,8 @@
 """Export: a stand-alone sub-model to ONNX, checked against torch on real and on extreme input.
 
-The graph ranks: its outputs are the first rows [B, 100] and their scores. IR and opset stay within what ONNX Runtime
-1.23 and newer read, the oldest engine that a target runs.
+The graph ranks: its outputs are the first rows [B, 100] and their scores, and the logits [B, R + 1] of all rows, which
+ranking given candidates needs. IR and opset stay within what ONNX Runtime 1.23 and newer read, the oldest engine that a
+target runs.
 """
 
 from dataclasses import dataclass
@@ -31,23 +32,26 @@ IR_VERSION = 10
 TOLERANCE = 1e-4
 """Largest difference of a logit between torch and fp32 ONNX, relative to the largest logit."""
 
+OUTPUTS = ("rows", "scores", "logits")
+
 FLOATING = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
 
 Arrays = dict[str, npt.NDArray[Any]]
 
 
 class Ranker(nn.Module):
-    """A stand-alone sub-model that returns its best rows and their scores instead of all logits."""
+    """A stand-alone sub-model that returns its best rows and their scores beside all logits."""
 
     def __init__(self, alone: trunk.Standalone) -> None:
         super().__init__()
         self.alone = alone
         self.returned = min(RETURNED, len(alone.vectors) - 1)
 
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return rows [B, 100] and scores [B, 100], the highest first."""
-        scores, rows = torch.topk(self.alone(*inputs), self.returned, dim=1)
-        return rows, scores
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rows [B, 100] and scores [B, 100], the highest first, and logits [B, R + 1]; row 0 is padding."""
+        logits = self.alone(*inputs)
+        scores, rows = torch.topk(logits, self.returned, dim=1)
+        return rows, scores, logits
 
 
 @dataclass(frozen=True)
@@ -82,15 +86,11 @@ def export(data: Path, alone: Path, base: Path, config: Finetune, name: str, out
     session = open_session(file)
     parity, order = 0.0, []
     for case, inputs in cases(model.inputs, examples, tokenizer):
-        rows, scores = run(session, inputs)
+        rows, heard = check_outputs(session, inputs, f"export: {name}: {case}")
         with torch.inference_mode():
             logits = model(*(torch.from_numpy(inputs[i]) for i in model.inputs)).numpy()
-        if not np.isfinite(scores).all():
-            raise ShipyardError(f"export: {name}: a score is no finite number on {case}")
         expected = np.argsort(-logits, axis=1, kind="stable")[:, :PLACES]
-        parity = max(
-            parity, float(np.abs(scores - np.take_along_axis(logits, rows, 1)).max() / np.abs(logits[:, 1:]).max())
-        )
+        parity = max(parity, float(np.abs(heard - logits)[:, 1:].max() / np.abs(logits[:, 1:]).max()))
         # scores that are equal within the tolerance may come in either order
         apart = np.abs(np.take_along_axis(logits, rows[:, :PLACES], 1) - np.take_along_axis(logits, expected, 1))
         same = apart <= TOLERANCE * np.abs(logits[:, 1:]).max()
@@ -123,7 +123,7 @@ def to_onnx(ranker: Ranker, file: Path) -> None:
     shapes = tuple({0: batch, 1: of.get(name, length)} for name in names)
     program = torch.onnx.export(
         ranker.eval(), tuple(example), dynamo=True, opset_version=OPSET, input_names=list(names), verbose=False,
-        output_names=["rows", "scores"], dynamic_shapes=(shapes,),
+        output_names=list(OUTPUTS), dynamic_shapes=(shapes,),
     )  # fmt: skip
     save_graph(program, file)
 
@@ -246,6 +246,20 @@ def run(session: ort.InferenceSession, inputs: Arrays) -> tuple[Ints, npt.NDArra
     """Return rows [B, 100] and scores [B, 100]."""
     rows, scores = session.run(["rows", "scores"], inputs)
     return rows, scores
+
+
+def check_outputs(session: ort.InferenceSession, inputs: Arrays, where: str) -> tuple[Ints, npt.NDArray[np.float32]]:
+    """Return rows [B, 100] and logits [B, R + 1] of a graph.
+
+    Raises:
+        ShipyardError: a logit is no finite number, or the scores are not the logits of their rows.
+    """
+    rows, scores, logits = session.run(OUTPUTS, inputs)
+    if not np.isfinite(logits[:, 1:]).all():
+        raise ShipyardError(f"{where}: a logit is no finite number")
+    if not np.array_equal(scores, np.take_along_axis(logits, rows, 1)):
+        raise ShipyardError(f"{where}: the scores are not the logits of their rows")
+    return rows, logits
 
 
 def score_onnx(session: ort.InferenceSession, wanted: Requests, batch: int = 64) -> npt.NDArray[np.float64]:

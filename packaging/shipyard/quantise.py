@@ -18,7 +18,7 @@ from models.config import Target
 from serve.engine import machine
 from serve.errors import ShipyardError
 from shipyard.examples import Examples
-from shipyard.export import Requests, check_graph, open_session, requests, run, score_onnx, trim
+from shipyard.export import Requests, check_graph, check_outputs, open_session, requests, run, score_onnx, trim
 from shipyard.forms import FORMS, FP32, TABLES, Form, write_form
 from shipyard.metrics import PLACES
 
@@ -131,11 +131,16 @@ class _Judge:
 
 
 def _compare(plain: Any, small: Any, wanted: Requests) -> tuple[float, float]:
-    """Return the largest difference of a first score relative to the largest, and the part of equal top-10 places."""
+    """Return the largest difference of a first score relative to the largest, and the part of equal top-10 places.
+
+    Raises:
+        ShipyardError: the small graph's scores are not its logits.
+    """
     worst, equal = 0.0, []
     for inputs in wanted.batches(64):
         rows, scores = run(plain, inputs)
-        other_rows, other = run(small, inputs)
+        other_rows, logits = check_outputs(small, inputs, "quantise")
+        other = np.take_along_axis(logits, other_rows, 1)
         worst = max(worst, float(np.abs(scores[:, 0] - other[:, 0]).max() / np.abs(scores).max()))
         equal.append((rows[:, :PLACES] == other_rows[:, :PLACES]).mean())
     return worst, float(np.mean(equal))

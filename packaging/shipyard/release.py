@@ -28,6 +28,7 @@ JUDGED = ("validation_examples", "test_examples", "test_each", "strong_baselines
 """What of a profile the evaluation depends on."""
 
 RUNTIME = "edge_runtime"
+GATEWAY = "gateway"
 """Unit of the edge's runtime, which is code and belongs to no sub-model."""
 
 Report = Callable[[str, int, int], None]
@@ -224,7 +225,9 @@ class Line:
 
     @functools.cache  # noqa: B019 - a line lives as long as its command
     def bundle(self, name: str) -> Record:
-        """A sub-model's artifact; `RUNTIME` is the edge's code."""
+        """A sub-model's artifact; `RUNTIME` is the edge's code, `GATEWAY` what fuses."""
+        if name == GATEWAY:
+            return self._gateway()
         if name == RUNTIME:
             target = self.fleet.target["edge"]
 
@@ -249,12 +252,11 @@ class Line:
         }
         if crossed is not None:
             facts["rerank"] = {key: crossed.said[key] for key in ("depth", "weight", "precision")}
-        _, libraries = closure(("serve.server", "serve.fetch"))
 
         def work(out: Path) -> Any:
             module = importlib.import_module("shipyard.bundle")
             return module.bundle(
-                data.folder, alone.folder, tuned.folder, quantised.folder, name, target, place, facts, libraries, out,
+                data.folder, alone.folder, tuned.folder, quantised.folder, name, target, place, facts, out,
                 None if crossed is None else crossed.folder,
             )  # fmt: skip
 
@@ -271,6 +273,19 @@ class Line:
             "serve.server",
             "serve.fetch",
         )
+
+    def _gateway(self) -> Record:
+        fusion = {key: self.evaluate.said["fusion"][key] for key in ("method", "sources", "parameters")}
+        sources = {name: self.bundle(name) for name in fusion["sources"]}
+        places = {name: self.fleet.submodel[name].target for name in sources}
+        target = self.fleet.target["cpu"]
+
+        def work(out: Path) -> Any:
+            folders = {name: record.folder / "bundle" for name, record in sources.items()}
+            return importlib.import_module("shipyard.bundle").bundle_gateway(folders, places, fusion, target, out)
+
+        config = {**_plain(target), "fusion": fusion, "places": places}
+        return self._run("bundle", GATEWAY, tuple(sources.values()), config, work, "serve.gateway", "serve.fetch")
 
     def page(self) -> Path:
         """Write the page of the figures, build/<profile>/report.html."""
@@ -296,7 +311,8 @@ class Line:
     def units(self) -> tuple[str, ...]:
         """Everything that is bundled."""
         edge = any(entry.target == "edge" for entry in self.fleet.submodel.values())
-        return (*self.names, *((RUNTIME,) if edge else ()))
+        fused = self.evaluate.said.get("fusion") is not None
+        return (*self.names, *((RUNTIME,) if edge else ()), *((GATEWAY,) if fused else ()))
 
     def until(self, verb: str) -> dict[str, Record]:
         """Run the stages up to `verb` and return its records by unit."""

@@ -216,6 +216,8 @@ def lift() -> None:
         (FakeEndpointConfig, "validate_production_variants", lambda self, production_variants: None),
         # it leaves route tables behind, and then cannot delete their network
         (RouteTable, "delete", delete_route_table),
+        # tensors are no text
+        (SageMakerRuntimeResponse, "use_raw_body", True),
         (SageMakerRuntimeResponse, "invoke_endpoint", invoke_endpoint),
     )
     for place, name, lifted in lifts:

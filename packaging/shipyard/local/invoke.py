@@ -1,6 +1,5 @@
 """Ask what is deployed, and hold the answers to the golden ones of the bundles."""
 
-import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,9 +9,10 @@ from typing import Any
 from botocore.exceptions import ClientError
 
 from models.release import Artifact
+from serve.codec import PLURALS, Codec
 from serve.errors import ShipyardError
 from serve.files import read_json
-from serve.runtime import PLURALS, Model
+from serve.triton import CONTENT, read_answer, write_request
 from serve.trust import MANIFEST
 from shipyard.local import tasks
 from shipyard.local.cloud import Cloud
@@ -66,7 +66,7 @@ def ask(cloud: Cloud, artifacts: tuple[Artifact, ...], store: Path, scratch: Pat
         manifest = read_json(code / MANIFEST)
         requests = [golden["request"] for golden in manifest["golden"]]
         if artifact.kind == "triton":
-            answers = _ask_endpoint(cloud, deployed[artifact.name], Model(code, manifest), requests)
+            answers = _ask_endpoint(cloud, deployed[artifact.name], Codec(code, manifest), requests)
         else:
             containers, bundle = served[artifact.name], scratch / artifact.name / "bundle"
             bundle.mkdir(parents=True)
@@ -84,27 +84,20 @@ def ask(cloud: Cloud, artifacts: tuple[Artifact, ...], store: Path, scratch: Pat
         return dict(zip([artifact.name for artifact in artifacts], pool.map(one, artifacts), strict=True))
 
 
-def _ask_endpoint(cloud: Cloud, endpoint: Endpoint, model: Model, requests: list[Any]) -> Answers:
-    """Send requests to an endpoint as tensors, in KServe's JSON form."""
+def _ask_endpoint(cloud: Cloud, endpoint: Endpoint, codec: Codec, requests: list[Any]) -> Answers:
+    """Send requests to an endpoint as the gateway does, in Triton's binary form."""
     client, answers = cloud.client("sagemaker-runtime"), []
     for request in requests:
-        tensors = [
-            {
-                "name": name,
-                "shape": list(values.shape),
-                "datatype": "FP32" if values.dtype.kind == "f" else "INT64",
-                "data": values.ravel().tolist(),
-            }
-            for name, values in model.encode([request]).items()
-        ]
-        body = json.dumps({"inputs": tensors}).encode()
+        body, size = write_request(codec.encode([request]))
         try:
-            answer = client.invoke_endpoint(EndpointName=endpoint.name, ContentType="application/json", Body=body)
+            answer = client.invoke_endpoint(
+                EndpointName=endpoint.name, ContentType=f"{CONTENT};json-header-size={size}", Body=body
+            )
         except ClientError as fault:
             raise ShipyardError(f"{endpoint.name}: {fault}") from None
-        outputs = {output["name"]: output["data"] for output in json.loads(answer["Body"].read())["outputs"]}
-        pairs = zip(outputs["rows"][:COMPARED], outputs["scores"], strict=False)
-        answers.append([(model.answers[row - 1], score) for row, score in pairs])
+        _, outputs = read_answer(answer["Body"].read(), int(answer["ContentType"].rpartition("=")[2]))
+        [found] = codec.decode([request], outputs["rows"], outputs["scores"], [COMPARED])
+        answers.append(_places(found, codec.answer_key))
     return answers
 
 

@@ -89,8 +89,10 @@ def serve(cloud: Cloud, container: Container, code: Path, bundle: Path, log: Pat
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     command = [str(bundle) if word == container.mount else word for word in container.command]
-    for option, value in (("--host", "127.0.0.1"), ("--port", str(port))):
-        command[command.index(option) + 1] = value
+    # no load balancer is here that would have to learn that a server goes
+    for option, value in (("--host", "127.0.0.1"), ("--port", str(port)), ("--drain", "0")):
+        if option in command:
+            command[command.index(option) + 1] = value
     url = f"http://127.0.0.1:{port}"
     with log.open("wb") as stream:
         process = subprocess.Popen(

@@ -1,0 +1,233 @@
+"""Ask every source at once and fuse what they say in time: the gateway's routes.
+
+A source that is late or gone is left out; the answer says which spoke, and the route's policy how many must.
+"""
+
+import asyncio
+import functools
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from cachetools import TTLCache
+from prometheus_client import Counter, Gauge, Histogram
+
+from serve import openapi
+from serve.asgi import TIMES, Answer, App, Asked, Refused
+from serve.codec import BadRequest, Codec, Id
+from serve.errors import ShipyardError
+from serve.feedback import KINDS, MOST_EVENTS, Journal, Unwritten, events, is_id, now
+from serve.files import read_json, sha256_file
+from serve.fusion import best, fuse, gather
+from serve.targets import Gone, Heard, Target
+from serve.trust import MANIFEST, Keys, check_bundle, verify_attestation
+
+FUSION = "fusion.json"
+CODEC = "search.json"
+SEARCH, RECOMMEND = "search", "recommend"
+Policy = Literal["best-effort", "quorum", "strict"]
+POLICIES: tuple[Policy, ...] = get_args(Policy)
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """What the bundle pins: the fusion's method, sources and parameters, how each source is asked, and search's codec."""
+
+    method: str
+    sources: tuple[str, ...]
+    parameters: dict[str, Any]
+    targets: dict[str, dict[str, Any]]
+    codec: Codec
+    manifest: str
+
+
+def open_gateway(folder: Path, name: str, attestation: str, keys: Keys) -> Pinned:
+    """Verify a gateway's bundle and read it.
+
+    Raises:
+        ShipyardError: no trusted key attests the bundle, or a file of it differs.
+    """
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        raise ShipyardError(f"{folder}: no {MANIFEST}", mend="fetch the bundle again")
+    digest = sha256_file(manifest)
+    verify_attestation(name, digest, attestation, keys, str(folder))
+    check_bundle(folder, digest)
+    told = read_json(folder / FUSION)
+    return Pinned(
+        told["method"], tuple(told["sources"]), told["parameters"], told["targets"],
+        Codec(folder, read_json(folder / CODEC)), digest[:16],
+    )  # fmt: skip
+
+
+class Gateway:
+    """Targets, fusion, cache and journal behind routes."""
+
+    def __init__(
+        self, pinned: Pinned, targets: Mapping[str, Target], journal: Journal, policies: Mapping[str, Policy],
+        seconds: float, cache_seconds: float, prefix: str, page: bytes | None,
+    ) -> None:  # fmt: skip
+        self.pinned, self.targets, self.journal = pinned, targets, journal
+        self._policies, self._seconds = policies, seconds
+        self._cache: TTLCache[str, tuple[float, dict[str, Any]]] = TTLCache(10_000, cache_seconds)
+        routes: dict[tuple[str, str], Callable[[Asked], Any]] = {
+            ("POST", "/v1/search"): lambda asked: self._fused(asked, SEARCH),
+            ("POST", "/v1/recommend"): lambda asked: self._fused(asked, RECOMMEND),
+            ("POST", "/v1/feedback"): self._feedback, ("GET", "/openapi.json"): self._openapi,
+        }  # fmt: skip
+        if page is not None:
+            routes["GET", "/"] = lambda asked: _page(page)
+        self.app = App(routes, prefix)
+        registry = self.app.registry
+        self._told = Counter(
+            "target_answers", "What became of calls to targets", ("target", "state"), registry=registry
+        )
+        self._took = Histogram("target_seconds", "Time of a call to a target", ("target",), buckets=TIMES,
+                               registry=registry)  # fmt: skip
+        self._hits = Counter("cache_hits", "Answers from the cache", registry=registry)
+        dropped = Gauge("records_dropped", "Impressions that could not be written", registry=registry)
+        dropped.set_function(lambda: journal.dropped)
+        Gauge("bundle", "The bundle that is served", ("name", "manifest"), registry=registry).labels(
+            "gateway", pinned.manifest
+        ).set(1)
+        for name, target in targets.items():
+            opened = Gauge(f"breaker_open_{name}", "Whether the target's breaker is open", registry=registry)
+            opened.set_function(functools.partial(_open, target))
+
+    async def _fused(self, asked: Asked, route: str) -> Answer:
+        document = asked.json()
+        user, place, off = self._own(document)
+        request = {key: value for key, value in document.items() if key not in ("user", "place", "without")}
+        sources = [s for s in self.pinned.sources if s in self.targets and s not in off]
+        if route == RECOMMEND:
+            sources = [s for s in sources if self.pinned.targets[s]["task"] == RECOMMEND]
+            if "query" in request:
+                raise Refused(400, "query: not here; allowed: at /v1/search")
+        checked = request if route == SEARCH else request | {"query": "-"}
+        try:
+            wanted = self.pinned.codec.check(checked, "request")
+        except BadRequest as fault:
+            raise Refused(400, str(fault)) from None
+        key = hashlib.sha256(json.dumps([route, request, sources], sort_keys=True).encode()).hexdigest()
+        if (found := self._cache.get(key)) is not None:
+            self._hits.inc()
+            answer = found[1] | {"cached_seconds": round(time.monotonic() - found[0], 3)}
+        else:
+            answer = await self._asked(request, route, sources, wanted, asked)
+            if answer["complete"]:
+                self._cache[key] = (time.monotonic(), answer)
+            answer = answer | {"cached_seconds": None}
+        impression = {
+            "kind": "impression", "request_id": asked.id, "user": user, "time": now(), "place": place, "route": route,
+            "query": request.get("query"), "items": [one["product"] for one in answer["products"]],
+        }  # fmt: skip
+        try:
+            await self.journal.write([impression], durable=False)
+        except Unwritten:
+            self.journal.dropped += 1  # a shopper's answer does not wait for a disk
+        return Answer(200, {"request_id": asked.id, **answer})
+
+    async def _asked(
+        self, request: dict[str, Any], route: str, sources: list[str], wanted: int, asked: Asked
+    ) -> dict[str, Any]:
+        """Ask the sources, fuse what they say, and hold the route's policy."""
+        seconds = asked.seconds(self._seconds)
+        states: dict[str, Any] = {source: {"state": "off"} for source in self.pinned.sources}
+        heard = dict(
+            zip(
+                sources,
+                await asyncio.gather(*(self._ask(s, request, seconds, asked, states) for s in sources)),
+                strict=True,
+            )
+        )
+        spoke = sum(answer is not None for answer in heard.values())
+        policy = self._policies[route]
+        least = {"best-effort": 1, "quorum": len(sources) // 2 + 1, "strict": len(sources)}[policy]
+        if spoke < max(1, least):
+            told = ", ".join(f"{source} {states[source]['state']}" for source in self.pinned.sources)
+            raise Refused(503, f"too few targets answer; value: {told}; allowed: {policy}", {"Retry-After": "1"})
+        found = gather([heard.get(source) for source in self.pinned.sources])
+        ranked = best(found, fuse(found, self.pinned.method, self.pinned.parameters), wanted)
+        return {
+            "products": [{"product": product, "score": round(score, 9)} for product, score in ranked],
+            "method": self.pinned.method, "targets": states, "complete": spoke == len(sources),
+        }  # fmt: skip
+
+    async def _ask(
+        self, source: str, request: dict[str, Any], seconds: float, asked: Asked, states: dict[str, Any]
+    ) -> Heard | None:
+        told = self.pinned.targets[source]
+        document = request | {"k": told["returned"]}
+        if told["task"] != "search":
+            document = {key: value for key, value in document.items() if key != "query"}
+        start = time.perf_counter()
+        heard, state = None, "spoke"
+        try:
+            heard = await self.targets[source].ask(document, seconds, asked.id, asked.trace)
+        except Gone as gone:
+            state = gone.why
+        took = time.perf_counter() - start
+        states[source] = {"state": state, "ms": round(took * 1e3, 1)}
+        if heard is not None:
+            states[source]["products"] = heard[0][:5]
+        self._told.labels(source, state).inc()
+        self._took.labels(source).observe(took)
+        return heard
+
+    def _own(self, document: Any) -> tuple[Id | None, Id | None, list[str]]:
+        """Return user, place and the sources that are to be left out, which are the gateway's own keys."""
+        if not isinstance(document, dict):
+            raise Refused(400, f"request: not an object; value: {type(document).__name__}; allowed: an object")
+        for key in ("user", "place"):
+            if not is_id(document.get(key), absent=True):
+                raise Refused(400, f"{key}: wrong; allowed: a whole number or a text of at most 200 characters")
+        off = document.get("without", [])
+        if not isinstance(off, list) or any(source not in self.pinned.sources for source in off):
+            raise Refused(400, f"without: wrong; allowed: a list of {', '.join(self.pinned.sources)}")
+        return document.get("user"), document.get("place"), off
+
+    async def _feedback(self, asked: Asked) -> Answer:
+        document = asked.json()
+        records = events(document)
+        try:
+            await self.journal.write(records, durable=True)
+        except Unwritten as fault:
+            raise Refused(503, f"not written: {fault}", {"Retry-After": "2"}) from None
+        return Answer(202, {"written": len(records)})
+
+    async def _openapi(self, asked: Asked) -> Answer:
+        codec = self.pinned.codec
+        own = {"user": openapi.ID, "place": openapi.ID,
+               "without": openapi.listed({"enum": list(self.pinned.sources)}, len(self.pinned.sources))}  # fmt: skip
+        paths = {}
+        for route in (SEARCH, RECOMMEND):
+            body = openapi.request_schema(codec)
+            body = body | {"properties": body["properties"] | own}
+            if route == RECOMMEND:
+                body = openapi.closed({k: v for k, v in body["properties"].items() if k != "query"})
+            answer = openapi.answer_schema(codec) | {"required": ["request_id", "products", "targets", "complete"]}
+            paths[f"/v1/{route}"] = {"post": openapi.operation("Ask the targets and fuse their answers", answer, body)}
+        event = openapi.closed(
+            {"item": openapi.ID, "kind": {"enum": list(KINDS)}, "quantity": {"type": "number"},
+             "value": {"type": "number"}, "basket": openapi.ID}, ("item", "kind"),
+        )  # fmt: skip
+        body = openapi.closed(
+            {"request_id": {"type": "string"}, "user": openapi.ID, "place": openapi.ID,
+             "events": openapi.listed(event, MOST_EVENTS, 1)}, ("request_id", "user", "events"),
+        )  # fmt: skip
+        described = openapi.operation("Write what a shopper did with an answer", {"type": "object"}, body)
+        described["responses"]["202"] = described["responses"].pop("200")
+        paths["/v1/feedback"] = {"post": described}
+        return Answer(200, openapi.document("gateway", self.pinned.manifest, paths, self.app.prefix))
+
+
+async def _page(content: bytes) -> Answer:
+    return Answer(200, content, type="text/html; charset=utf-8")
+
+
+def _open(target: Target) -> float:
+    return float(target.breaker.open)

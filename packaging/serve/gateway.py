@@ -1,0 +1,108 @@
+"""The fusion gateway: ask every target at once, fuse what they answer in time with the release's pinned weights.
+
+POST /v1/search asks all sources of the release's fusion, POST /v1/recommend those that need no query. POST /v1/feedback
+takes what the shopper did with an answer. The bundle is verified first, as every runtime's is.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+from serve.asgi import DEADLINE_HEADER
+from serve.errors import ShipyardError
+from serve.feedback import Journal, files, firehose
+from serve.fused import POLICIES, RECOMMEND, SEARCH, Gateway, Pinned, Policy, open_gateway
+from serve.listen import add_common, serve, trusted
+from serve.targets import Send, Target, http_send, sagemaker_send, triton_send
+
+
+def sends(pinned: Pinned, search: str, cluster: str, more: Mapping[str, str]) -> dict[str, Send]:
+    """Return how each source is asked: `search` is sagemaker:NAME or triton:URL, `cluster` the private cluster's URL.
+
+    `more` names servers of ours by source. A source that none of them reaches is left out.
+
+    Raises:
+        ShipyardError: an address is none.
+    """
+    found: dict[str, Send] = {}
+    for source in pinned.sources:
+        told = pinned.targets[source]
+        path = f"/v1/{told['task']}"
+        kind, _, address = search.partition(":")
+        if source in more:
+            found[source] = http_send(more[source].rstrip("/") + path, told["level"])
+        elif told["task"] == "search" and kind == "sagemaker" and address:
+            found[source] = sagemaker_send(address, pinned.codec)
+        elif told["task"] == "search" and kind == "triton" and address.startswith("http"):
+            found[source] = triton_send(f"{address.rstrip('/')}/v2/models/{told['artifact']}/infer", pinned.codec)
+        elif told["task"] == "search" and search:
+            raise ShipyardError(
+                "--search: wrong", value=search, allowed="sagemaker:ENDPOINT or triton:http://HOST:PORT"
+            )
+        elif told["place"] == "cpu" and cluster:
+            found[source] = http_send(f"{cluster.rstrip('/')}/{told['artifact']}{path}", told["level"])
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve until SIGTERM; exit with 1 when the bundle is not to be trusted."""
+    parser = argparse.ArgumentParser(prog="python -m serve.gateway", description=__doc__)
+    add_common(parser)
+    parser.add_argument("--search", default="", help="sagemaker:ENDPOINT or triton:http://HOST:PORT")
+    parser.add_argument("--cluster", default="", help="URL of the private cluster, artifacts' prefixes below it")
+    parser.add_argument(
+        "--target", action="append", default=[], metavar="SOURCE=URL", help="a server of ours, by source"
+    )
+    parser.add_argument("--deadline", action="append", default=[], metavar="SOURCE=MS", help="of one target")
+    parser.add_argument(
+        "--deadline-ms", type=float, default=1000, help=f"of a request, unless {DEADLINE_HEADER} tells it"
+    )
+    parser.add_argument("--policy", action="append", default=[], metavar="ROUTE=POLICY", help=", ".join(POLICIES))
+    parser.add_argument("--cache-seconds", type=float, default=10, help="how old a whole answer may be, 0 for none")
+    parser.add_argument("--feedback", required=True, help="firehose:STREAM, or a folder")
+    parser.add_argument("--page", type=Path, help="a page to show at /")
+    chosen = parser.parse_args(arguments)
+    try:
+        keys = trusted(chosen.trusted_key)
+        pinned = open_gateway(chosen.bundle, chosen.artifact, chosen.attestation, keys)
+        policies = _pairs(chosen.policy, "--policy", (SEARCH, RECOMMEND), POLICIES)
+        deadlines = {k: float(v) / 1000 for k, v in _pairs(chosen.deadline, "--deadline", pinned.sources).items()}
+        addresses = _pairs(chosen.target, "--target", pinned.sources)
+        asked = sends(pinned, chosen.search, chosen.cluster, addresses)
+        targets = {name: Target(name, send, deadlines.get(name, 60.0)) for name, send in asked.items()}
+        stream = chosen.feedback.removeprefix("firehose:") if chosen.feedback.startswith("firehose:") else ""
+        put = firehose(stream) if stream else files(Path(chosen.feedback))
+        gateway = Gateway(
+            pinned, targets, Journal(put, prompt=not stream),
+            {route: cast(Policy, policies.get(route, POLICIES[0])) for route in (SEARCH, RECOMMEND)},
+            chosen.deadline_ms / 1000, chosen.cache_seconds, chosen.prefix,
+            chosen.page.read_bytes() if chosen.page is not None else None,
+        )  # fmt: skip
+
+        serve(gateway.app, chosen.host, chosen.port, chosen.artifact, chosen.drain, end=gateway.journal.close)
+        for target in targets.values():
+            target.close()
+    except (ShipyardError, OSError, OverflowError, ValueError) as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _pairs(
+    given: list[str], option: str, names: tuple[str, ...], allowed: tuple[str, ...] | None = None
+) -> dict[str, str]:
+    """Return the pairs NAME=VALUE of an option."""
+    found = dict(pair.partition("=")[::2] for pair in given)
+    for name, value in found.items():
+        if name not in names or not value or (allowed is not None and value not in allowed):
+            raise ShipyardError(
+                f"{option}: wrong", value=f"{name}={value}",
+                allowed=f"{' or '.join(names)}=" + (" or ".join(allowed) if allowed else "..."),
+            )  # fmt: skip
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

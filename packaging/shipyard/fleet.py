@@ -1,0 +1,206 @@
+"""The whole fleet on one machine: every runtime and the gateway from a release's bundles, as processes on loopback.
+
+Each process runs the code of its own bundle. The GPU endpoint alone has a stand-in: our server answers Triton's protocol for
+Triton's bundle, on the CPU.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import serve
+from models.release import Release, trusted_key
+from serve.errors import ShipyardError
+from serve.files import read_json, sha256_file
+from serve.trust import MANIFEST, Keys
+
+STATE = "up.json"
+SECONDS = 60
+PAGE = Path(__file__).with_name("fleet.html")
+OURS = Path(serve.__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One process: an artifact's bundle, what attests it, the folder of the code, and its place."""
+
+    name: str
+    kind: str
+    bundle: Path
+    attestation: str
+    code: Path
+    port: int
+
+    @property
+    def url(self) -> str:
+        """Where it serves."""
+        return f"http://127.0.0.1:{self.port}"
+
+
+def members(release: Release, build: Path, port: int) -> tuple[Member, ...]:
+    """Return the processes of a release whose bundles lie in `build`/<profile>, the gateway first, at `port` and above.
+
+    Raises:
+        ShipyardError: a bundle is not the release's, or the release has no gateway.
+    """
+    folders = {}
+    for artifact in release.artifacts:
+        unit = artifact.submodel or artifact.name.replace("-", "_")
+        folder = build / release.profile / unit / "bundle" / "bundle"
+        if not (folder / MANIFEST).is_file() or sha256_file(folder / MANIFEST) != artifact.manifest:
+            raise ShipyardError(
+                f"{folder}: not the bundle of release {release.version}",
+                mend=f"shipyard release --profile {release.profile}",
+            )
+        folders[artifact.name] = folder
+    edge = next((folders[a.name] for a in release.of("greengrass-runtime")), OURS)
+    code = {"triton": OURS, "greengrass-model": edge}
+    served = [a for kind in ("gateway", "triton", "image-context", "greengrass-model") for a in release.of(kind)]
+    if not release.of("gateway"):
+        raise ShipyardError(f"release {release.version} has no gateway", mend="make a release that fuses")
+    return tuple(
+        Member(a.name, a.kind, folders[a.name], a.attestation, code.get(a.kind, folders[a.name]), port + i)
+        for i, a in enumerate(served)
+    )
+
+
+def command(member: Member, fleet: tuple[Member, ...], folder: Path) -> list[str]:
+    """Return the command line of a member."""
+    module = "serve.gateway" if member.kind == "gateway" else "serve.server"
+    found = [sys.executable, "-m", module, "--bundle", str(member.bundle), "--artifact", member.name,
+             "--attestation", member.attestation, "--port", str(member.port)]  # fmt: skip
+    if member.kind != "gateway":
+        return [*found, "--workers", "1"]
+    told = read_json(member.bundle / "fusion.json")["targets"]
+    for other in fleet:
+        source = next((name for name, target in told.items() if target["artifact"] == other.name), None)
+        if other.kind == "triton":
+            found += ["--search", f"triton:{other.url}"]
+        elif source is not None:
+            found += ["--target", f"{source}={other.url}"]
+    return [*found, "--feedback", str(folder / "feedback"), "--page", str(folder / "page.html")]
+
+
+def up(release: Release, keys: Keys, build: Path, port: int = 8080) -> dict[str, Any]:
+    """Start a release's fleet and wait until all of it is ready; return its state, as `down` reads it.
+
+    Raises:
+        ShipyardError: it is up already, a bundle is missing, or a process ends.
+    """
+    folder = build / "up"
+    down(build)
+    fleet = members(release, build, port)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "page.html").write_text(page(fleet, build / release.profile), encoding="utf-8")
+    return start(fleet, trusted_key(release, keys), folder, release.version)
+
+
+def start(fleet: tuple[Member, ...], key: str, folder: Path, version: str) -> dict[str, Any]:
+    """Start the members, note them in `folder`/up.json, and wait until they are ready."""
+    state: dict[str, Any] = {"version": version, "members": []}
+    started = []
+    for member in fleet:
+        surroundings = os.environ | {
+            "PYTHONPATH": str(member.code),
+            "SHIPYARD_TRUSTED_KEY": key,
+            "OMP_NUM_THREADS": "1",
+        }
+        with (folder / f"{member.name}.log").open("w") as log:
+            process = subprocess.Popen(
+                command(member, fleet, folder), env=surroundings, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                start_new_session=True, cwd=folder,
+            )  # fmt: skip
+        started.append(process)
+        state["members"].append(
+            {"name": member.name, "pid": process.pid, "url": member.url, "born": _born(process.pid)}
+        )
+        (folder / STATE).write_text(json.dumps(state, indent=1))
+    end = time.monotonic() + SECONDS
+    for member, process in zip(fleet, started, strict=True):
+        while not ready(member.url):
+            if process.poll() is not None or time.monotonic() > end:
+                told = (folder / f"{member.name}.log").read_text().strip().splitlines()
+                down(folder.parent)
+                raise ShipyardError(f"{member.name} does not get ready: {told[-1] if told else 'it says nothing'}")
+            time.sleep(0.1)
+    return state
+
+
+def down(build: Path) -> list[str]:
+    """End what `up` has started, gently at first; return the names."""
+    path = build / "up" / STATE
+    if not path.is_file():
+        return []
+    # another process may have the number of one that is gone
+    alive = [one for one in read_json(path)["members"] if one["born"] and _born(one["pid"]) == one["born"]]
+    for number, seconds in ((signal.SIGTERM, 15), (signal.SIGKILL, 5)):
+        end = time.monotonic() + seconds
+        left = [one for one in alive if _running(one)]
+        for one in left:
+            os.kill(one["pid"], signal.SIGCONT)
+            os.kill(one["pid"], number)
+        while any(_running(one) for one in left) and time.monotonic() < end:
+            time.sleep(0.05)
+    path.unlink()
+    return [one["name"] for one in alive]
+
+
+def ready(url: str) -> bool:
+    """Say whether a server is ready."""
+    try:
+        with urllib.request.urlopen(f"{url}/readyz", timeout=2) as answer:  # noqa: S310 - an address of our own
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def page(fleet: tuple[Member, ...], build: Path) -> str:
+    """Return the page: it knows a few shoppers, those of the bundles' golden requests, and what products are called."""
+    shoppers: list[Mapping[str, Any]] = []
+    sources: list[str] = []
+    for member in fleet:
+        manifest = read_json(member.bundle / MANIFEST)
+        if member.kind == "gateway":
+            sources = read_json(member.bundle / "fusion.json")["sources"]
+        elif manifest["task"] == "search":
+            shoppers = [golden["request"] for golden in manifest["golden"]]
+    data = {
+        "shoppers": shoppers,
+        "sources": sources,
+        "titles": _titles(build / "joint" / "data" / "items.parquet"),
+    }
+    told = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
+    return PAGE.read_text(encoding="utf-8").replace("/*DATA*/null", told)
+
+
+def _titles(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        return {}
+    from pyarrow import parquet
+
+    table = parquet.read_table(path)
+    text = next((name for name in ("title", "text") if name in table.column_names), None)
+    if text is None:
+        return {}
+    return {str(item): title for item, title in zip(table["item"].to_pylist(), table[text].to_pylist(), strict=True)}
+
+
+def _born(pid: int) -> str:
+    """Return when a process was started, in the kernel's ticks; "" where there is none, or one that has ended."""
+    try:
+        told = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if told[0] == "Z" else told[19]
+
+
+def _running(one: Mapping[str, Any]) -> bool:
+    return _born(one["pid"]) == one["born"]

@@ -1,0 +1,25 @@
+"""FastAPI over uvicorn with httptools and uvloop: each request by itself, in FastAPI's own pool of threads."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from serve.runtime import Model
+
+folder = Path(os.environ["BUNDLE"])
+model = Model(folder, json.loads((folder / "bundle.json").read_bytes()), threads=1)
+app = FastAPI()
+
+
+@app.post("/v1/recommend")
+def recommend(request: dict[str, Any]) -> dict[str, Any]:
+    """Answer one request."""
+    return model.predict([request])[0]
+
+
+if __name__ == "__main__":
+    uvicorn.run(app, host="127.0.0.1", port=int(os.environ["PORT"]), access_log=False, log_level="warning")

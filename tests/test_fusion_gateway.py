@@ -1,0 +1,689 @@
+"""The fusion gateway, over real servers as processes on loopback: what it fuses, and what it does when parts of it fail."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import http.client
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import socketserver
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import boto3
+import numpy as np
+import pytest
+from botocore.response import StreamingBody
+from botocore.stub import ANY, Stubber
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from test_server import ITEMS, PRODUCTS, Bundle, make_bundle
+
+from models.config import load_fleet
+from serve import triton
+from serve.errors import ShipyardError
+from serve.feedback import Journal, Unwritten, files, firehose
+from serve.fused import open_gateway
+from serve.fusion import best, fuse, gather
+from serve.gateway import sends
+from serve.listen import trusted
+from serve.runtime import Model
+from serve.targets import Breaker, Call, Gone, Target, http_send, sagemaker_send
+from shipyard.bundle import bundle_gateway
+from shipyard.fleet import Member, command, down, start
+
+ROOT = Path(__file__).resolve().parents[1]
+FUSION = {"method": "weighted", "sources": ["search", "recommend", "edge_recommend"],
+          "parameters": {"weights": [0.6, 0.3, 0.1]}}  # fmt: skip
+HISTORY = [{"product": PRODUCTS[4], "days_ago": 3.5}, {"product": PRODUCTS[0], "days_ago": 0}]
+GRAPH = "model_repository/search/77/model.onnx"
+
+
+def free_ports(number):
+    with contextlib.ExitStack() as stack:
+        taken = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for one in taken:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in taken]
+
+
+class Fleet:
+    """The fleet of three small bundles and the gateway over them."""
+
+    def __init__(self, folder, fusion=FUSION, **options):
+        key = Ed25519PrivateKey.generate()
+        other = [*PRODUCTS[::-1][:6], *range(50, 56)]  # the edge knows six of our products and six of its own
+        self.models, self.folder = {}, folder
+        made = {
+            "search": make_bundle(folder / "search", search=True, graph=GRAPH),
+            "recommend": make_bundle(folder / "recommend"),
+            "edge_recommend": make_bundle(
+                folder / "edge", name="edge-recommend", catalogue={"products": other, "rows": None, "answers": None}
+            ),
+        }
+        places = {"search": "gpu", "recommend": "cpu", "edge_recommend": "edge"}
+        target = load_fleet(ROOT / "fleet.toml").target["cpu"]
+        bundle_gateway({name: found.folder for name, found in made.items()}, places, fusion, target, folder / "gateway")
+        made["gateway"] = Bundle(folder / "gateway" / "bundle", "gateway")
+        kinds = {
+            "gateway": "gateway",
+            "search": "triton",
+            "recommend": "image-context",
+            "edge_recommend": "greengrass-model",
+        }
+        ports = free_ports(4)
+        self.fusion = fusion
+        self.members = tuple(
+            Member(
+                made[name].name, kind, made[name].folder, dataclasses.replace(made[name], key=key).attestation,
+                ROOT / "packaging", port,
+            )
+            for (name, kind), port in zip(kinds.items(), ports, strict=True)
+        )  # fmt: skip
+        for name in places:
+            manifest = json.loads((made[name].folder / "bundle.json").read_text())
+            self.models[name] = Model(made[name].folder, manifest, 1)
+        (folder / "up").mkdir()
+        (folder / "up" / "page.html").write_text("<p>page</p>")
+        self.key = dataclasses.replace(made["search"], key=key).trusted
+        self.url = self.members[0].url
+
+    def start(self):
+        state = start(self.members, self.key, self.folder / "up", "test")
+        self.pids = {one["name"]: one["pid"] for one in state["members"]}
+        return self
+
+    def ask(self, path, document, **headers):
+        body = document if isinstance(document, bytes) else json.dumps(document).encode()
+        asked = urllib.request.Request(f"{self.url}{path}", data=body, headers=headers)
+        try:
+            with urllib.request.urlopen(asked, timeout=30) as answer:
+                return answer.status, json.loads(answer.read())
+        except urllib.error.HTTPError as fault:
+            return fault.code, json.loads(fault.read())
+
+    def offline(self, request, sources):
+        """Return the fused products as evaluation would fuse what the bundles' models say."""
+        told = []
+        for source in self.fusion["sources"]:
+            if source not in sources:
+                told.append(None)
+                continue
+            model = self.models[source]
+            asked = request | {"k": model.returned}
+            if source != "search":
+                asked = {key: value for key, value in asked.items() if key != "query"}
+            answer = model.predict([asked])[0]["products"]
+            told.append(([one["product"] for one in answer], [one["score"] for one in answer]))
+        found = gather(told)
+        return best(found, fuse(found, self.fusion["method"], self.fusion["parameters"]), request.get("k", 10))
+
+    def records(self):
+        lines = [line for path in (self.folder / "up" / "feedback").glob("*.jsonl") for line in path.open()]
+        return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory):
+    found = Fleet(tmp_path_factory.mktemp("fleet")).start()
+    yield found
+    assert sorted(down(found.folder)) == sorted(member.name for member in found.members)
+    assert not any(Path(f"/proc/{pid}").exists() and b"Z" not in status(pid) for pid in found.pids.values())
+
+
+def status(pid):
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
+    return b"Z"
+
+
+def states(answer):
+    return {name: told["state"] for name, told in answer["targets"].items()}
+
+
+def requests(number, seed=5):
+    rng = np.random.default_rng(seed)
+    for k in range(number):
+        history = [
+            {"product": int(product), "days_ago": round(float(days), 2)}
+            for product, days in zip(
+                rng.choice(PRODUCTS, k % 30), rng.uniform(0, 300, k % 30), strict=True
+            )
+        ]  # fmt: skip
+        yield {"query": ("milk", "牛奶", f"word {k}")[k % 3], "history": history, "k": 1 + k % 12}
+
+
+# --- fusion ----------------------------------------------------------------------------------------------------------
+
+
+def test_online_fusion_is_offline_fusion_request_by_request(fleet):
+    for request in requests(40):
+        status, answer = fleet.ask("/v1/search", request)
+        assert status == 200
+        assert set(states(answer).values()) == {"spoke"} and answer["complete"]
+        expected = fleet.offline(request, FUSION["sources"])
+        assert [one["product"] for one in answer["products"]] == [product for product, _ in expected]
+        assert [one["score"] for one in answer["products"]] == pytest.approx([score for _, score in expected], abs=1e-6)
+
+
+def test_many_at_once_are_fused_as_one_by_one(fleet):
+    asked = list(requests(60, seed=9))
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda request: fleet.ask("/v1/search", request), asked))
+    for request, (status, answer) in zip(asked, answers, strict=True):
+        assert status == 200
+        expected = fleet.offline(request, FUSION["sources"])
+        assert [one["product"] for one in answer["products"]] == [product for product, _ in expected]
+
+
+@pytest.mark.parametrize("off", [["search"], ["recommend"], ["edge_recommend", "search"]], ids="-".join)
+def test_what_is_left_out_is_fused_by_the_weights_of_the_rest(fleet, off):
+    request = {"query": "milk", "history": HISTORY}
+    status, answer = fleet.ask("/v1/search", request | {"without": off})
+    assert status == 200
+    spoke = [source for source in FUSION["sources"] if source not in off]
+    assert states(answer) == dict.fromkeys(off, "off") | dict.fromkeys(spoke, "spoke")
+    expected = fleet.offline(request, spoke)
+    assert [(one["product"], one["score"]) for one in answer["products"]] == [
+        (product, pytest.approx(score, abs=1e-6)) for product, score in expected
+    ]
+
+
+def test_recommendation_asks_no_search(fleet):
+    status, answer = fleet.ask("/v1/recommend", {"history": HISTORY, "k": 5})
+    assert status == 200
+    assert states(answer) == {"search": "off", "recommend": "spoke", "edge_recommend": "spoke"}
+    expected = fleet.offline({"history": HISTORY, "k": 5}, ["recommend", "edge_recommend"])
+    assert [one["product"] for one in answer["products"]] == [product for product, _ in expected]
+
+
+def test_an_answer_from_the_cache_says_so_and_has_its_own_id(fleet):
+    request = {"query": "milk", "k": 3, "history": []}
+    first, second = (fleet.ask("/v1/search", request)[1] for _ in range(2))
+    assert first["cached_seconds"] is None
+    assert 0 <= second["cached_seconds"] < 10
+    assert first["products"] == second["products"]
+    assert first["request_id"] != second["request_id"]
+
+
+BAD = {
+    "no query": {"history": []},
+    "a query of a number": {"query": 3},
+    "no object": [],
+    "a number": 7,
+    "an unknown key": {"query": "milk", "histroy": []},
+    "user null is none, a list is wrong": {"query": "milk", "user": []},
+    "user true": {"query": "milk", "user": True},
+    "user empty": {"query": "milk", "user": ""},
+    "user too long": {"query": "milk", "user": "x" * 201},
+    "place an object": {"query": "milk", "place": {}},
+    "without a text": {"query": "milk", "without": "search"},
+    "without an unknown source": {"query": "milk", "without": ["intent"]},
+    "without a list in it": {"query": "milk", "without": [[]]},
+    "k too large": {"query": "milk", "k": ITEMS + 1},
+    "k NaN": b'{"query": "milk", "k": NaN}',
+    "days NaN": b'{"query": "milk", "history": [{"product": 1, "days_ago": NaN}]}',
+    "no JSON": b"milk",
+    "not UTF-8": b"\xff\xfe",
+    "nested deeply": b"[" * 50_000,
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_bad_request_is_refused(fleet, what):
+    status, answer = fleet.ask("/v1/search", BAD[what])
+    assert status == 400
+    assert answer.keys() == {"error"} and answer["error"]
+
+
+def test_the_page_and_the_description_are_served(fleet):
+    with urllib.request.urlopen(f"{fleet.url}/", timeout=20) as page:
+        assert page.headers["Content-Type"].startswith("text/html") and page.read() == b"<p>page</p>"
+    with urllib.request.urlopen(f"{fleet.url}/openapi.json", timeout=20) as told:
+        document = json.loads(told.read())
+    assert {"/v1/search", "/v1/recommend", "/v1/feedback"} <= document["paths"].keys()
+
+
+def test_the_trace_of_the_caller_reaches_every_target(fleet):
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    _, answer = fleet.ask("/v1/search", {"query": "trace"}, traceparent=trace, **{"X-Request-Id": "traced-1"})
+    assert answer["request_id"] == "traced-1"
+    for member in fleet.members:
+        log = (fleet.folder / "up" / f"{member.name}.log").read_text()
+        assert "id=traced-1" in log and f"trace={trace}" in log, member.name
+
+
+# --- feedback --------------------------------------------------------------------------------------------------------
+
+
+def test_feedback_is_written_before_it_is_acknowledged(fleet):
+    _, answer = fleet.ask("/v1/search", {"query": "milk", "user": "u1", "place": "北", "k": 2})
+    events = [{"item": PRODUCTS[1], "kind": "click"}, {"item": "牛奶", "kind": "purchase", "quantity": 2, "value": 3.5}]
+    told = {"request_id": answer["request_id"], "user": "u1", "place": "北", "events": events}
+    assert fleet.ask("/v1/feedback", told) == (202, {"written": 2})
+    mine = [record for record in fleet.records() if record["request_id"] == answer["request_id"]]
+    assert [record["kind"] for record in mine] == ["impression", "click", "purchase"]
+    assert mine[0]["items"] == [one["product"] for one in answer["products"]]
+    assert {(record["user"], record["place"]) for record in mine} == {("u1", "北")}
+    assert (mine[2]["item"], mine[2]["quantity"], mine[2]["value"]) == ("牛奶", 2, 3.5)
+
+
+WRONG_FEEDBACK = {
+    "no object": [],
+    "no events": {"request_id": "x", "user": 1, "events": []},
+    "no user": {"request_id": "x", "user": None, "events": [{"item": 1, "kind": "click"}]},
+    "a view": {"request_id": "x", "user": 1, "events": [{"item": 1, "kind": "view"}]},
+    "no item": {"request_id": "x", "user": 1, "events": [{"kind": "click"}]},
+    "item a float": {"request_id": "x", "user": 1, "events": [{"item": 1.5, "kind": "click"}]},
+    "quantity negative": {"request_id": "x", "user": 1, "events": [{"item": 1, "kind": "click", "quantity": -1}]},
+    "value NaN": b'{"request_id": "x", "user": 1, "events": [{"item": 1, "kind": "click", "value": NaN}]}',
+    "an unknown key": {"request_id": "x", "user": 1, "events": [{"item": 1, "kind": "click", "time": "now"}]},
+    "request id a number": {"request_id": 7, "user": 1, "events": [{"item": 1, "kind": "click"}]},
+    "too many events": {"request_id": "x", "user": 1, "events": [{"item": 1, "kind": "click"}] * 501},
+}
+
+
+@pytest.mark.parametrize("what", WRONG_FEEDBACK)
+def test_wrong_feedback_is_refused_and_not_written(fleet, what):
+    before = len(fleet.records())
+    assert fleet.ask("/v1/feedback", WRONG_FEEDBACK[what])[0] == 400
+    assert len(fleet.records()) == before
+
+
+def test_what_was_acknowledged_outlives_a_kill(tmp_path):
+    found = Fleet(tmp_path).start()
+    try:
+        acknowledged, stop = [], threading.Event()
+
+        def send(worker):
+            k = 0
+            while not stop.is_set():
+                k += 1
+                told = {"request_id": f"r{worker}-{k}", "user": 1, "events": [{"item": k, "kind": "cart"}]}
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    if found.ask("/v1/feedback", told)[0] == 202:
+                        acknowledged.append(told["request_id"])
+
+        threads = [threading.Thread(target=send, args=(worker,)) for worker in range(4)]
+        for thread in threads:
+            thread.start()
+        time.sleep(1)
+        os.kill(found.pids["gateway"], signal.SIGKILL)
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert len(acknowledged) > 20
+        assert set(acknowledged) <= {record["request_id"] for record in found.records()}
+    finally:
+        down(found.folder)
+
+
+def test_a_disk_that_is_full_is_told_and_nothing_is_acknowledged(tmp_path):
+    folder = tmp_path / "feedback"
+    put = files(folder)
+    folder.rmdir()
+    folder.write_text("a file stands where the folder was")
+
+    async def write():
+        journal = Journal(put, prompt=True)
+        with pytest.raises(Unwritten):
+            await journal.write([{"a": 1}], durable=True)
+
+    asyncio.run(asyncio.wait_for(write(), 20))
+
+
+def test_firehose_gets_again_what_it_did_not_take():
+    client = boto3.client("firehose", region_name="us-east-1", aws_access_key_id="x", aws_secret_access_key="y")
+    lines = [b'{"a":1}\n', b'{"a":2}\n', b'{"a":3}\n']
+    with Stubber(client) as stub:
+        refused = {"ErrorCode": "ServiceUnavailableException", "ErrorMessage": "slow down"}
+        stub.add_response(
+            "put_record_batch", {"FailedPutCount": 1, "RequestResponses": [{"RecordId": "1"}, refused, {"RecordId": "3"}]},
+            {"DeliveryStreamName": "events", "Records": [{"Data": line} for line in lines]},
+        )  # fmt: skip
+        stub.add_response(
+            "put_record_batch", {"FailedPutCount": 0, "RequestResponses": [{"RecordId": "2"}]},
+            {"DeliveryStreamName": "events", "Records": [{"Data": lines[1]}]},
+        )  # fmt: skip
+        firehose("events", client)(lines, True)
+        stub.assert_no_pending_responses()
+        stub.add_client_error("put_record_batch", "AccessDeniedException")
+        with pytest.raises(Unwritten):
+            firehose("events", client)(lines, True)
+
+
+# --- faults ----------------------------------------------------------------------------------------------------------
+
+
+def settle(fleet, wanted, seconds=15):
+    """Ask until the targets have these states; return how long it took."""
+    start_at = time.monotonic()
+    k = 0
+    while True:
+        k += 1
+        _, answer = fleet.ask("/v1/search", {"query": f"settle {time.monotonic()}"})
+        if "targets" in answer and states(answer) == wanted:
+            return time.monotonic() - start_at
+        assert time.monotonic() - start_at < seconds, answer
+        time.sleep(0.05)
+
+
+ALL = dict.fromkeys(FUSION["sources"], "spoke")
+
+
+def test_a_target_that_hangs_is_left_out_in_time_and_comes_back(fleet):
+    os.kill(fleet.pids["recommend"], signal.SIGSTOP)
+    try:
+        for k in range(8):
+            begin = time.monotonic()
+            status, answer = fleet.ask("/v1/search", {"query": f"hang {k}"}, **{"X-Request-Timeout-Ms": "300"})
+            assert status == 200 and time.monotonic() - begin < 2
+            assert states(answer)["recommend"] in ("late", "open")
+            assert not answer["complete"]
+            expected = fleet.offline({"query": f"hang {k}"}, ["search", "edge_recommend"])
+            assert [one["product"] for one in answer["products"]] == [product for product, _ in expected]
+        assert states(answer)["recommend"] == "open"
+    finally:
+        os.kill(fleet.pids["recommend"], signal.SIGCONT)
+    assert settle(fleet, ALL) < 15
+
+
+def test_a_target_that_is_killed_under_load_costs_no_answer(tmp_path):
+    found = Fleet(tmp_path).start()
+    try:
+        seen, stop = [], threading.Event()
+
+        def load(worker):
+            k = 0
+            while not stop.is_set():
+                k += 1
+                request = {"query": f"load {worker} {k}", "k": 5}
+                status, answer = found.ask("/v1/search", request)
+                seen.append((status, request, answer))
+
+        threads = [threading.Thread(target=load, args=(worker,)) for worker in range(3)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.5)
+        os.kill(found.pids["search"], signal.SIGKILL)
+        time.sleep(1)
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert {status for status, _, _ in seen} == {200}
+        assert {states(answer)["search"] for _, _, answer in seen} >= {"spoke", "unreachable"}
+        for _, request, answer in seen[:: max(1, len(seen) // 40)]:
+            spoke = [name for name, state in states(answer).items() if state == "spoke"]
+            expected = found.offline(request, spoke)
+            assert [one["product"] for one in answer["products"]] == [product for product, _ in expected]
+        for name in ("recommend", "edge-recommend"):
+            os.kill(found.pids[name], signal.SIGKILL)
+        status, answer = found.ask("/v1/search", {"query": "none left"})
+        assert status == 503 and "too few targets" in answer["error"]
+    finally:
+        down(found.folder)
+
+
+CORRUPT = {
+    "no JSON": b"{",
+    "no products": b"{}",
+    "null": b"null",
+    "a list": b"[]",
+    "products of numbers": b'{"products": [1, 2]}',
+    "a score NaN": b'{"products": [{"product": 1, "score": NaN}]}',
+    "a score of text": b'{"products": [{"product": 1, "score": "1"}]}',
+    "a product twice": b'{"products": [{"product": 1, "score": 2}, {"product": 1, "score": 1}]}',
+    "a product null": b'{"products": [{"product": null, "score": 2}]}',
+    "an order that is none": b'{"products": [{"product": 1, "score": 1}, {"product": 2, "score": 2}]}',
+    "nested deeply": b"[" * 100_000,
+    "too large": b" " * (5 * 1024 * 1024),
+}
+
+
+@contextlib.contextmanager
+def answering(reply):
+    """Serve a fixed reply to whatever comes."""
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self):
+            with contextlib.suppress(OSError):
+                self.request.recv(65536)
+                reply(self.request)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}/v1/recommend"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def told(body, status=b"200 OK"):
+    return lambda c: c.sendall(
+        b"HTTP/1.1 %s\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (status, len(body), body)
+    )
+
+
+def why(url, seconds=2.0):
+    with pytest.raises(Gone) as gone:
+        http_send(url, "product")(Call({"k": 3}, seconds, "id", ""))
+    return gone.value.why
+
+
+@pytest.mark.parametrize("what", CORRUPT)
+def test_a_corrupt_answer_is_no_answer(what):
+    with answering(told(CORRUPT[what])) as url:
+        assert why(url) == "corrupt"
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        (b"429 Busy", "busy"),
+        (b"503 Busy", "busy"),
+        (b"400 Bad", "refused"),
+        (b"500 Ours", "failed"),
+        (b"302 Else", "refused"),
+    ],
+)
+def test_another_status_is_no_answer(status, expected):
+    with answering(told(b"{}", status)) as url:
+        assert why(url) == expected
+
+
+def test_what_breaks_off_is_tried_once_more_and_then_gone():
+    calls = []
+
+    def cut(connection):
+        calls.append(1)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{")
+
+    with answering(cut) as url:
+        assert why(url) == "unreachable"
+    assert len(calls) == 2
+
+
+def test_a_slow_target_is_late_and_not_asked_again():
+    calls = []
+
+    def slow(connection):
+        calls.append(1)
+        time.sleep(1)
+
+    with answering(slow) as url:
+        begin = time.monotonic()
+        assert why(url, seconds=0.2) == "late"
+        assert time.monotonic() - begin < 0.8
+    assert len(calls) == 1
+
+
+def test_a_breaker_opens_tries_once_and_closes():
+    now = [0.0]
+    breaker = Breaker(most=3, clock=lambda: now[0])
+    for _ in range(3):
+        breaker.begin()
+        breaker.end(fault=True)
+    assert breaker.open
+    with pytest.raises(Gone, match="open"):
+        breaker.begin()
+    now[0] = 0.6
+    breaker.begin()
+    with pytest.raises(Gone):
+        breaker.begin()  # one tries at a time
+    breaker.end(fault=True)
+    now[0] = 1.5
+    assert breaker.open  # it waits twice as long
+    now[0] = 1.7
+    breaker.begin()
+    breaker.end(fault=False)
+    assert not breaker.open
+
+
+def test_a_target_is_not_held_up_by_the_threads_of_another():
+    async def both():
+        slow = Target("slow", lambda call: time.sleep(1.0), 0.2, threads=1)
+        fast = Target("fast", lambda call: ([1], [1.0]), 0.2, threads=1)
+        begin = time.monotonic()
+        answers = await asyncio.gather(
+            *(target.ask({}, 5, "id", "") for target in (slow, slow, fast)), return_exceptions=True
+        )
+        return answers, time.monotonic() - begin
+
+    answers, took = asyncio.run(both())
+    assert [type(answer) for answer in answers] == [Gone, Gone, tuple]
+    assert took < 0.9
+
+
+# --- SageMaker, and releases that are mixed --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def codec(fleet):
+    member = fleet.members[0]
+    return open_gateway(member.bundle, member.name, member.attestation, trusted(fleet.key)).codec
+
+
+def invoke(codec, version="77", rows=None, content=None, shape=None):
+    client = boto3.client(
+        "sagemaker-runtime", region_name="us-east-1", aws_access_key_id="x", aws_secret_access_key="y"
+    )
+    rows = np.arange(1, ITEMS + 1)[None] if rows is None else rows
+    outputs = {"rows": rows.astype(np.int64), "scores": -np.arange(rows.size, dtype=np.float32).reshape(rows.shape)}
+    body, size = triton.write_answer("search", version, outputs)
+    with Stubber(client) as stub:
+        stub.add_response(
+            "invoke_endpoint",
+            {"Body": StreamingBody(io.BytesIO(body), len(body)),
+             "ContentType": content or f"{triton.CONTENT};json-header-size={size}"},
+            {"EndpointName": "shipyard-search", "Body": ANY, "ContentType": ANY, "InferenceId": "id"},
+        )  # fmt: skip
+        return sagemaker_send("shipyard-search", codec, client)(Call({"query": "milk", "k": 4}, 1.0, "id", ""))
+
+
+def test_an_endpoint_is_asked_in_tritons_protocol(codec):
+    assert invoke(codec) == (PRODUCTS[:4], [0.0, -1.0, -2.0, -3.0])
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        ({"version": "76"}, "another-release"),
+        ({"rows": np.zeros((1, ITEMS))}, "corrupt"),
+        ({"rows": np.full((1, ITEMS), ITEMS + 1)}, "corrupt"),
+        ({"rows": np.ones((1, 3))}, "corrupt"),
+        ({"rows": np.ones((1, ITEMS))}, "corrupt"),
+        ({"content": "application/json"}, "corrupt"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_an_endpoint_of_another_release_or_with_nonsense_is_left_out(codec, case, expected):
+    with pytest.raises(Gone) as gone:
+        invoke(codec, **case)
+    assert gone.value.why == expected
+
+
+def test_an_endpoint_that_throttles_is_busy(codec):
+    client = boto3.client(
+        "sagemaker-runtime", region_name="us-east-1", aws_access_key_id="x", aws_secret_access_key="y"
+    )
+    for code, status, expected in (("ThrottlingException", 429, "busy"), ("ModelError", 424, "refused"),
+                                   ("InternalFailure", 500, "failed")):  # fmt: skip
+        with Stubber(client) as stub, pytest.raises(Gone) as gone:
+            stub.add_client_error("invoke_endpoint", code, http_status_code=status)
+            sagemaker_send("x", codec, client)(Call({"query": "milk", "k": 4}, 1.0, "id", ""))
+        assert gone.value.why == expected
+
+
+# --- the bundle and the command line ---------------------------------------------------------------------------------
+
+
+def test_a_gateway_opens_its_own_bundle_alone(fleet, tmp_path):
+    member = fleet.members[0]
+    keys = trusted(fleet.key)
+    pinned = open_gateway(member.bundle, "gateway", member.attestation, keys)
+    assert (pinned.method, list(pinned.sources), pinned.parameters) == tuple(FUSION.values())
+    with pytest.raises(ShipyardError, match="not the bundle that was attested as search"):
+        open_gateway(member.bundle, "search", member.attestation, keys)
+    copy = tmp_path / "copy"
+    shutil.copytree(member.bundle, copy)
+    text = (copy / "fusion.json").read_text()
+    (copy / "fusion.json").write_text(text.replace("0.6", "0.9"))
+    with pytest.raises(ShipyardError, match=r"fusion.json: digest differs"):
+        open_gateway(copy, "gateway", member.attestation, keys)
+
+
+def test_targets_of_the_cloud_are_found_by_two_addresses(fleet, monkeypatch):
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    member = fleet.members[0]
+    pinned = open_gateway(member.bundle, member.name, member.attestation, trusted(fleet.key))
+    assert set(sends(pinned, "sagemaker:shipyard-search", "http://internal", {})) == {"search", "recommend"}
+    with pytest.raises(ShipyardError, match="--search: wrong"):
+        sends(pinned, "shipyard-search", "http://internal", {})
+
+
+@pytest.mark.parametrize("option", ["--policy=search=always", "--target=intent=http://x"])
+def test_a_wrong_option_is_told_in_one_line(fleet, tmp_path, option):
+    wanted = [*command(fleet.members[0], fleet.members, tmp_path), f"--trusted-key={fleet.key}", "--port=0"]
+    (tmp_path / "page.html").write_text("")
+    done = subprocess.run([*wanted, option], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {option.partition('=')[0]}: wrong") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("policy", "status"), [("strict", 503), ("quorum", 200)])
+def test_a_policy_says_how_many_must_speak(fleet, tmp_path, policy, status):
+    [port] = free_ports(1)
+    (tmp_path / "page.html").write_text("")
+    member = dataclasses.replace(fleet.members[0], port=port)
+    rest = [other for other in fleet.members if other.kind != "greengrass-model"]
+    wanted = [*command(member, tuple(rest), tmp_path), f"--trusted-key={fleet.key}", f"--policy=search={policy}",
+              "--target=edge_recommend=http://127.0.0.1:9"]  # fmt: skip
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(wanted, stderr=log)
+    try:
+        end = time.monotonic() + 30
+        while "ready: " not in (tmp_path / "log").read_text():
+            assert time.monotonic() < end and process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        asked = urllib.request.Request(f"{member.url}/v1/search", data=b'{"query": "milk"}')
+        try:
+            with urllib.request.urlopen(asked, timeout=20) as answer:
+                got = answer.status
+        except urllib.error.HTTPError as fault:
+            got = fault.code
+            assert "edge_recommend unreachable" in json.loads(fault.read())["error"]
+        assert got == status
+    finally:
+        process.terminate()
+        assert process.wait(timeout=20) == 0
