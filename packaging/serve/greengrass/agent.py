@@ -91,6 +91,8 @@ class Agent:
         self._echo: str | None = None
         self._note = ""
         self._delay = 0.0
+        self._retry: float | None = None
+        self._due = 0.0
 
     def start(self, deployed: Mapping[str, str]) -> Action | None:
         """Open the last good models; return what an earlier process left to do.
@@ -138,41 +140,50 @@ class Agent:
         return damaged
 
     def run(self, stop: threading.Event, action: Action | None = None) -> None:
-        """Stay in step until `stop` is set."""
-        self._link.open(self._topics.heard, self._hear, lambda: self._put(None))
-        asked = time.monotonic()
-        retry = self._do(action)
+        """Stay in step until `stop` is set; `action` is what `start` returned."""
+        self._link.open(self._topics.heard, self.hear, lambda: self._put(None))
+        self.resume(action)
         while not stop.is_set():
-            # so that a thousand devices do not ask at once
-            due = asked + self._poll * random.uniform(0.8, 1.0)  # noqa: S311 -- no secret
-            until = min(due, retry or due)
             try:
-                message = self._inbox.get(timeout=min(1.0, max(0.0, until - time.monotonic())))
+                message = self._inbox.get(timeout=0.5)
             except queue.Empty:
-                now = time.monotonic()
-                if retry is not None and now >= retry and self._state.target is not None:
-                    retry = self._do(Fetch(self._state.target))
-                if now >= due:
-                    asked = now
-                    self._ask()
-                continue
-            if message is None:
-                # connected, for the first time or again: what was said meanwhile was not heard
-                asked = time.monotonic()
-                self._ask()
-            elif (told := self._told(*message)) is not None:
-                before = self._state.target
-                action = self._step(Heard(told))
-                self._echo = write_told(told)
-                if self._state.target != before:
-                    self._delay = 0.0
-                    retry = self._do(action)
-                elif action is None:
-                    self._report()
+                self.tick(time.monotonic())
+            else:
+                self.take(message, time.monotonic())
         self._save_totals()
         self._link.close()
 
-    def _ask(self) -> None:
+    def resume(self, action: Action | None) -> None:
+        """Go on with what an earlier process left to do."""
+        self._retry = self._do(action)
+
+    def take(self, message: tuple[str, bytes] | None, now: float) -> None:
+        """Take one message of the shadow, or None for a connection that is made; `now` is of a clock that only goes on."""
+        if message is None:
+            # for the first time or again: what was said meanwhile was not heard
+            self._ask(now)
+        elif (told := self._told(*message)) is not None:
+            before = self._state.target
+            action = self._step(Heard(told))
+            self._echo = write_told(told)
+            if self._state.target != before:
+                self._delay = 0.0
+                self._retry = self._do(action)
+            elif self._state.target is None:
+                self._report()
+
+    def tick(self, now: float) -> None:
+        """Do what is due: a fetch that failed, and the question what is wanted, for a word may have been lost."""
+        if self._retry is not None and now >= self._retry:
+            self._retry = None
+            if self._state.target is not None:
+                self._retry = self._do(Fetch(self._state.target))
+        if now >= self._due:
+            self._ask(now)
+
+    def _ask(self, now: float) -> None:
+        # not all of a thousand devices at once
+        self._due = now + self._poll * random.uniform(0.8, 1.0)  # noqa: S311 -- no secret
         self._link.publish(f"{self._topics.prefix}/get", b"{}")
         self._save_totals()
         self._report()
@@ -180,7 +191,8 @@ class Agent:
     def _save_totals(self) -> None:
         self._store.write("telemetry.json", self._desk.telemetry.close())
 
-    def _hear(self, topic: str, payload: bytes) -> None:
+    def hear(self, topic: str, payload: bytes) -> None:
+        """Put a message where `run` takes it from; never waits."""
         self._put((topic, payload))
 
     def _put(self, message: tuple[str, bytes] | None) -> None:
