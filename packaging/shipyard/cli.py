@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
@@ -58,8 +59,18 @@ HELP = {
     "publish": "verify a local release and copy it into releases/",
     "upload": "send the artifacts of a published release from build/store to a bucket",
     "synth": "synthesize the stacks with the pinned CDK CLI",
+    "edge": "bring a release to edge devices and see where they stand",
     "show": "verify a release file and print its table",
 }
+
+
+EDGE = {
+    "publish": "upload a release's models, runtime and deltas, and publish its components",
+    "rollout": "publish, then bring the release to the canary devices, and to the fleet once they are well",
+    "rollback": "bring every device back to the release before, or to the one that --to names",
+    "status": "tell the devices in step, behind, silent and failed, by group",
+}
+"""What `shipyard edge` does."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -104,10 +115,26 @@ def parser() -> argparse.ArgumentParser:
                               "fleet.toml names in releases/)")  # fmt: skip
     synthesizing.add_argument("--out", type=Path, default=None, help="where to (default: cdk.out beside fleet.toml)")
     synthesizing.add_argument("--validate", action="store_true", help="also run the CDK's own validator (slower)")
+    _add_edge(verbs, common)
     showing = add("show", more=" Trusts the keys in the folder keys/ beside the file.")
     showing.add_argument("release", type=Path, help="path of a release file")
     showing.add_argument("--markdown", action="store_true", help="print the table in Markdown")
     return top
+
+
+def _add_edge(verbs: Any, common: argparse.ArgumentParser) -> None:
+    """Add `shipyard edge` to the command line."""
+    edge = verbs.add_parser("edge", help=HELP["edge"], description=HELP["edge"])
+    actions = edge.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for name, text in EDGE.items():
+        action = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", parents=[common])
+        action.add_argument("--env", required=True, help="an [env.*] of fleet.toml")
+        if name in ("publish", "rollout"):
+            action.add_argument("version", help="version of a release in releases/, e.g. 0.1.0-g0123456789ab")
+        if name == "rollback":
+            action.add_argument("--to", default=None, metavar="VERSION", help="a release in releases/")
+        if name in ("rollout", "rollback"):
+            action.add_argument("--wait", type=float, default=3600.0, help="seconds for the canaries (default: 3600)")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -147,6 +174,10 @@ def _run(chosen: argparse.Namespace, reporter: Reporter) -> int:
         sent = upload_release(found, build / "store", open_store(chosen.to), reporter.progress)
         print(json.dumps({"version": found.version, "bytes_sent": sent}))
         return 0
+    if chosen.verb == "edge":
+        # not at the top: only what speaks to AWS needs boto3
+        code: int = importlib.import_module("shipyard.edge").run(chosen, fleet, root, build, reporter)
+        return code
     if chosen.verb == "synth":
         _synth(
             chosen.fleet, chosen.out or root / "cdk.out", reporter, env=chosen.env, release=chosen.release,
