@@ -47,4 +47,5 @@ def lock(found: Release, releases: Path) -> None:
                 f"{path}: {name} {version}: locked with another content", value=digest, allowed=known[name][version],
                 mend="a version is never used twice: change the model or the code and release again",
             )  # fmt: skip
-    write(path, json.dumps(known, indent=1, sort_keys=True) + "\n")
+    if known:
+        write(path, json.dumps(known, indent=1, sort_keys=True) + "\n")
