@@ -4,10 +4,12 @@ PROFILE ?= quick
 ENV ?= prod
 BIN := .venv/bin
 SHIPYARD := $(BIN)/shipyard
+# what mosquitto needs beside what every Debian has
+BROKER := libcjson1 libdlt2 libev4 libmosquitto1 libuv1 libwebsockets17 libwrap0
 export JSII_SILENCE_WARNING_END_OF_LIFE_NODE_VERSION ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help setup release report compare synth bench-synth test lint clean deploy-local docs
+.PHONY: help setup release report compare synth bench-synth test lint broker simulate edge-lock clean deploy-local docs
 
 help: ## list the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +54,16 @@ lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+broker: ## unpack Debian's mosquitto into build/broker, for the edge's simulation; nothing is installed
+	mkdir -p build/broker && cd build/broker && apt-get download mosquitto $(BROKER) && for p in *.deb; do dpkg -x $$p .; done
+
+simulate: setup broker ## fifty edge devices on a real broker, and fifty more through ten thousand steps (minutes)
+	SHIPYARD_DEVICES=50 SHIPYARD_ROUNDS=6 $(BIN)/python -m pytest -s tests/test_edge_simulation.py
+	SHIPYARD_STEPS=10000 $(BIN)/python -m pytest tests/test_edge_sync.py
+
+edge-lock: setup ## write the lock of the edge's wheels anew, from constraints.txt
+	$(BIN)/python -m shipyard.wheels
 
 clean: ## remove everything that was built, the environments too
 	rm -rf build cdk.out .venv node_modules

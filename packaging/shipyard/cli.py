@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
@@ -65,6 +66,7 @@ HELP = {
     "publish": "verify a local release and copy it into releases/",
     "upload": "send the artifacts of a published release from build/store to a bucket",
     "synth": "synthesize the stacks with the pinned CDK CLI",
+    "edge": "bring a release to edge devices and see where they stand",
     "inspect": "print what a release or a bundle holds",
     "verify": "check a release, a bundle of it, or all that a store holds of it, digest by digest",
     "diff": "print what differs between two releases",
@@ -76,6 +78,15 @@ REVIEW = {
     "prices": "bring the price book up to date from the AWS Price List API (shipyard prices --help)",
 }
 """Verbs of infra.cost.command. It is found by its name: shipyard and infra never import each other."""
+
+
+EDGE = {
+    "publish": "upload a release's models, runtime and deltas, and publish its components",
+    "rollout": "publish, then bring the release to the canary devices, and to the fleet once they are well",
+    "rollback": "bring every device back to the release before, or to the one that --to names",
+    "status": "tell the devices in step, behind, silent and failed, by group",
+}
+"""What `shipyard edge` does."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -130,6 +141,7 @@ def parser() -> argparse.ArgumentParser:
                               "fleet.toml names in releases/)")  # fmt: skip
     synthesizing.add_argument("--out", type=Path, default=None, help="where to (default: cdk.out beside fleet.toml)")
     synthesizing.add_argument("--validate", action="store_true", help="also run the CDK's own validator (slower)")
+    _add_edge(verbs, common)
     inspecting = add("inspect", more=" A release is verified by the keys in the folder keys/ beside it.")
     inspecting.add_argument("path", type=Path, help="a release file, or a bundle's folder or zip")
     inspecting.add_argument("--markdown", action="store_true", help="print a release's table in Markdown")
@@ -146,6 +158,23 @@ def parser() -> argparse.ArgumentParser:
     collecting.add_argument("--older-than", type=float, default=7.0, metavar="DAYS", help="days (default: 7)")
     collecting.add_argument("--delete", action="store_true", help="delete it; without this it is listed alone")
     return top
+
+
+def _add_edge(verbs: Any, common: argparse.ArgumentParser) -> None:
+    """Add `shipyard edge` to the command line."""
+    edge = verbs.add_parser("edge", help=HELP["edge"], description=HELP["edge"])
+    actions = edge.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for name, text in EDGE.items():
+        action = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", parents=[common])
+        action.add_argument("--env", required=True, help="an [env.*] of fleet.toml")
+        if name in ("publish", "rollout"):
+            action.add_argument("version", help="version of a release in releases/, e.g. 0.1.0-g0123456789ab")
+        if name == "rollback":
+            action.add_argument("--to", default=None, metavar="VERSION", help="a release in releases/")
+        if name != "status":
+            action.add_argument("--allow-older", action="store_true", help="also one before project.minimum_sequence")
+        if name in ("rollout", "rollback"):
+            action.add_argument("--wait", type=float, default=3600.0, help="seconds for the canaries (default: 3600)")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -186,6 +215,10 @@ def _run(chosen: argparse.Namespace, reporter: Reporter) -> int:
         return 0
     if chosen.verb == "gc":
         return _collect(chosen, fleet, (root / "releases", build / "releases"), reporter)
+    if chosen.verb == "edge":
+        # not at the top: only what speaks to AWS needs boto3
+        code: int = importlib.import_module("shipyard.edge").run(chosen, fleet, root, build, reporter)
+        return code
     if chosen.verb == "synth":
         _synth(
             chosen.fleet, chosen.out or root / "cdk.out", reporter, env=chosen.env, release=chosen.release,
