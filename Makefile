@@ -58,7 +58,7 @@ lint: setup ## ruff and mypy
 broker: ## unpack Debian's mosquitto into build/broker, for the edge's simulation; nothing is installed
 	mkdir -p build/broker && cd build/broker && apt-get download mosquitto $(BROKER) && for p in *.deb; do dpkg -x $$p .; done
 
-simulate: setup broker ## fifty edge devices on a real broker, and fifty more through ten thousand steps (minutes)
+simulate: setup broker ## fifty edge devices on a real broker, and twenty more through ten thousand steps (minutes)
 	SHIPYARD_DEVICES=50 SHIPYARD_ROUNDS=6 $(BIN)/python -m pytest -s tests/test_edge_simulation.py
 	SHIPYARD_STEPS=10000 $(BIN)/python -m pytest tests/test_edge_sync.py
 

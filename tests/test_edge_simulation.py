@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import zipfile
+from http.client import HTTPException
 
 import paho.mqtt.client as mqtt
 import pytest
@@ -221,7 +222,7 @@ class Device:
         try:
             status, told = ask(self.machine.port, "/status", seconds=0)
             served = ask(self.machine.port, f"/{NAME}/v1/recommend", {"history": [], "k": 1}, seconds=0)
-        except (OSError, ValueError):
+        except (OSError, ValueError, HTTPException):  # it died before, or in the middle of, its answer
             return None
         if served[0] == 503:
             return None

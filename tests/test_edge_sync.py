@@ -434,11 +434,11 @@ def test_whatever_happens_devices_serve_what_is_proved_and_end_in_step(data, tmp
 
 
 @pytest.mark.parametrize("seed", [int(os.environ.get("SHIPYARD_SEED", "7"))])
-def test_fifty_devices_through_thousands_of_steps(seed, tmp_path, fuse):
+def test_twenty_devices_through_hundreds_of_steps(seed, tmp_path, fuse):
     """SHIPYARD_SEED and SHIPYARD_STEPS choose another course; `make simulate` takes a long one."""
     draw = random.Random(seed).randrange
-    world = World(tmp_path, 50, fuse)
-    live(world, draw, int(os.environ.get("SHIPYARD_STEPS", "1500")))
+    world = World(tmp_path, 20, fuse)
+    live(world, draw, int(os.environ.get("SHIPYARD_STEPS", "400")))
     world.tell(8)
     heal(world)
 
@@ -514,7 +514,7 @@ def test_what_nobody_attested_is_not_even_read(store, bucket):
     found = bucket.make(1)
     read = []
     for word in (attest(NAME, found.manifest, other), attest("intent", found.manifest, KEY), ""):
-        with pytest.raises(ShipyardError, match="attested"):
+        with pytest.raises(ShipyardError, match="attested|not trusted"):
             store.fetch(NAME, dataclasses.replace(found, attestation=word), lambda *a: read.append(a), {})
     assert read == []
 
