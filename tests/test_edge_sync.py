@@ -514,7 +514,7 @@ def test_what_nobody_attested_is_not_even_read(store, bucket):
     found = bucket.make(1)
     read = []
     for word in (attest(NAME, found.manifest, other), attest("intent", found.manifest, KEY), ""):
-        with pytest.raises(ShipyardError, match="attested|not trusted"):
+        with pytest.raises(ShipyardError, match=r"attested|not trusted"):
             store.fetch(NAME, dataclasses.replace(found, attestation=word), lambda *a: read.append(a), {})
     assert read == []
 
