@@ -9,7 +9,7 @@ BROKER := libcjson1 libdlt2 libev4 libmosquitto1 libuv1 libwebsockets17 libwrap0
 export JSII_SILENCE_WARNING_END_OF_LIFE_NODE_VERSION ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help setup release report compare synth bench-synth test lint broker simulate edge-lock clean deploy-local docs
+.PHONY: help setup release report compare synth bench-synth test lint broker simulate edge-lock bench-edge clean deploy-local docs
 
 help: ## list the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ broker: ## unpack Debian's mosquitto into build/broker, for the edge's simulatio
 simulate: setup broker ## fifty edge devices on a real broker, and twenty more through ten thousand steps (minutes)
 	SHIPYARD_DEVICES=50 SHIPYARD_ROUNDS=6 $(BIN)/python -m pytest -s tests/test_edge_simulation.py
 	SHIPYARD_STEPS=10000 $(BIN)/python -m pytest tests/test_edge_sync.py
+
+bench-edge: setup ## the edge in figures: sizes, memory, latency, deltas (half an hour)
+	PYTHONPATH=. $(BIN)/python tests/bench_edge.py
 
 edge-lock: setup ## write the lock of the edge's wheels anew, from constraints.txt
 	$(BIN)/python -m shipyard.wheels
