@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
@@ -83,7 +82,7 @@ REVIEW = {
 EDGE = {
     "publish": "upload a release's models, runtime and deltas, and publish its components",
     "rollout": "publish, then bring the release to the canary devices, and to the fleet once they are well",
-    "rollback": "bring every device back to the release before, or to the one that --to names",
+    "rollback": "bring every device back to the release before, or to the one that is named",
     "status": "tell the devices in step, behind, silent and failed, by group",
 }
 """What `shipyard edge` does."""
@@ -141,7 +140,12 @@ def parser() -> argparse.ArgumentParser:
                               "fleet.toml names in releases/)")  # fmt: skip
     synthesizing.add_argument("--out", type=Path, default=None, help="where to (default: cdk.out beside fleet.toml)")
     synthesizing.add_argument("--validate", action="store_true", help="also run the CDK's own validator (slower)")
-    _add_edge(verbs, common)
+    edging = add("edge", more=" " + " ".join(f"{action}: {text}." for action, text in EDGE.items()))
+    edging.add_argument("action", choices=EDGE, help="what to do")
+    edging.add_argument("version", nargs="?", help="a release in releases/: to publish, roll out, or go back to")
+    edging.add_argument("--env", required=True, help="an [env.*] of fleet.toml")
+    edging.add_argument("--wait", type=float, default=3600.0, help="seconds for the canaries (default: 3600)")
+    edging.add_argument("--allow-older", action="store_true", help="also one before project.minimum_sequence")
     inspecting = add("inspect", more=" A release is verified by the keys in the folder keys/ beside it.")
     inspecting.add_argument("path", type=Path, help="a release file, or a bundle's folder or zip")
     inspecting.add_argument("--markdown", action="store_true", help="print a release's table in Markdown")
@@ -158,23 +162,6 @@ def parser() -> argparse.ArgumentParser:
     collecting.add_argument("--older-than", type=float, default=7.0, metavar="DAYS", help="days (default: 7)")
     collecting.add_argument("--delete", action="store_true", help="delete it; without this it is listed alone")
     return top
-
-
-def _add_edge(verbs: Any, common: argparse.ArgumentParser) -> None:
-    """Add `shipyard edge` to the command line."""
-    edge = verbs.add_parser("edge", help=HELP["edge"], description=HELP["edge"])
-    actions = edge.add_subparsers(dest="action", required=True, metavar="ACTION")
-    for name, text in EDGE.items():
-        action = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", parents=[common])
-        action.add_argument("--env", required=True, help="an [env.*] of fleet.toml")
-        if name in ("publish", "rollout"):
-            action.add_argument("version", help="version of a release in releases/, e.g. 0.1.0-g0123456789ab")
-        if name == "rollback":
-            action.add_argument("--to", default=None, metavar="VERSION", help="a release in releases/")
-        if name != "status":
-            action.add_argument("--allow-older", action="store_true", help="also one before project.minimum_sequence")
-        if name in ("rollout", "rollback"):
-            action.add_argument("--wait", type=float, default=3600.0, help="seconds for the canaries (default: 3600)")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -216,9 +203,13 @@ def _run(chosen: argparse.Namespace, reporter: Reporter) -> int:
     if chosen.verb == "gc":
         return _collect(chosen, fleet, (root / "releases", build / "releases"), reporter)
     if chosen.verb == "edge":
-        # not at the top: only what speaks to AWS needs boto3
-        code: int = importlib.import_module("shipyard.edge").run(chosen, fleet, root, build, reporter)
-        return code
+        try:
+            edge = importlib.import_module("shipyard.edge")  # not at the top: only what speaks to AWS needs boto3
+        except ModuleNotFoundError as fault:
+            raise ShipyardError(
+                f"edge: {fault.name} is not installed", mend="pip install 'shipyard[aws,edge]'"
+            ) from None
+        return int(edge.run(chosen, fleet, root, build, reporter))
     if chosen.verb == "synth":
         _synth(
             chosen.fleet, chosen.out or root / "cdk.out", reporter, env=chosen.env, release=chosen.release,

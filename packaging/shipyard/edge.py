@@ -33,10 +33,14 @@ def run(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, repor
         told = rollout.status(clients, env.edge)
         print(json.dumps(told) if chosen.json else _table(told))
         return 0
-    if chosen.action != "rollback":
-        version = chosen.version
-    else:
-        version = chosen.to or rollout.before(clients, env.edge, account=env.account, region=env.region)
+    version = chosen.version
+    if version is None and chosen.action == "rollback":
+        version = rollout.before(clients, env.edge, account=env.account, region=env.region)
+    if version is None:
+        raise ShipyardError(
+            f"edge {chosen.action}: no release is named",
+            mend=f"shipyard edge {chosen.action} --env {chosen.env} VERSION",
+        )
     releases = root / "releases"
     keys = load_keys(releases / "keys")
     oldest = 0 if chosen.allow_older else fleet.project.minimum_sequence

@@ -233,7 +233,9 @@ def before(clients: Clients, settings: EdgeSettings, *, account: str, region: st
     versions = list(dict.fromkeys(name.removeprefix(f"{group} ") for name in names if name.startswith(f"{group} ")))
     if len(versions) < 2:
         raise ShipyardError(
-            f"edge: {group} never ran another release", value=", ".join(versions), mend="name one: --to VERSION"
+            f"edge: {group} never ran another release",
+            value=", ".join(versions),
+            mend="name one: edge rollback VERSION",
         )
     return versions[1]
 
