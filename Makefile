@@ -4,10 +4,13 @@ PROFILE ?= quick
 ENV ?= prod
 BIN := .venv/bin
 SHIPYARD := $(BIN)/shipyard
+# what mosquitto needs beside what every Debian has
+BROKER := libcjson1 libdlt2 libev4 libmosquitto1 libuv1 libwebsockets17 libwrap0
 export JSII_SILENCE_WARNING_END_OF_LIFE_NODE_VERSION ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help setup release report compare up down bench synth bench-synth bench-artifacts test lint clean deploy-local docs
+.PHONY: help setup release report compare up down bench synth bench-synth bench-artifacts test lint broker simulate edge-lock
+.PHONY: bench-edge clean deploy-local docs
 
 help: ## list the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +67,19 @@ lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+broker: ## unpack Debian's mosquitto into build/broker, for the edge's simulation; nothing is installed
+	mkdir -p build/broker && cd build/broker && apt-get download mosquitto $(BROKER) && for p in *.deb; do dpkg -x $$p .; done
+
+simulate: setup broker ## fifty edge devices on a real broker, and twenty more through ten thousand steps (minutes)
+	SHIPYARD_DEVICES=50 SHIPYARD_ROUNDS=6 $(BIN)/python -m pytest -s tests/test_edge_simulation.py
+	SHIPYARD_STEPS=10000 $(BIN)/python -m pytest tests/test_edge_sync.py
+
+bench-edge: setup ## the edge in figures: sizes, memory, latency, deltas (half an hour)
+	PYTHONPATH=. $(BIN)/python tests/bench_edge.py
+
+edge-lock: setup ## write the lock of the edge's wheels anew, from constraints.txt
+	$(BIN)/python -m shipyard.wheels
 
 clean: ## remove everything that was built, the environments too
 	rm -rf build cdk.out .venv node_modules

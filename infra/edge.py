@@ -40,7 +40,9 @@ class EdgeStack(cdk.Stack):
         """
         super().__init__(scope, construct_id)
         artifacts = release.of("greengrass-runtime") + release.of("greengrass-model")
+        # a device is in one of them: two deployments that pin different versions would fail on it
         things = iot.CfnThingGroup(self, "ThingGroup", thing_group_name=settings.thing_group)
+        canaries = iot.CfnThingGroup(self, "CanaryGroup", thing_group_name=f"{settings.thing_group}-canary")
         alias = iot.CfnRoleAlias(self, "RoleAlias", role_arn=self._role(artifacts, storage).role_arn)
         policy = iot.CfnPolicy(
             self, "DevicePolicy", policy_document=self._device_policy(settings.thing_group, alias).to_json()
@@ -54,20 +56,30 @@ class EdgeStack(cdk.Stack):
         configuration = {"models": models, "trustedKey": values["TRUSTED_KEY"]}
         for artifact in artifacts:
             recipe = templates[artifact.name].recipe
-            version = greengrass.CfnComponentVersion(self, artifact.name, inline_recipe=_inline(recipe, artifact.name))
+            runs = artifact.kind == "greengrass-runtime"
+            text = _inline(recipe, artifact.name)
+            if settings.components == "published":
+                # `shipyard edge publish` made it, and what it makes can be gone back to
+                components[recipe["ComponentName"]] = _pin(recipe["ComponentVersion"], configuration if runs else None)
+                continue
+            version = greengrass.CfnComponentVersion(self, artifact.name, inline_recipe=text)
             # A version is immutable and devices may still run or return to it, so it outlives its replacement. One
             # that a failed deployment had just made goes, or the next try would meet it.
             version.apply_removal_policy(cdk.RemovalPolicy.RETAIN_ON_UPDATE_OR_DELETE)
-            runs = artifact.kind == "greengrass-runtime"
             components[recipe["ComponentName"]] = _pin(version.attr_component_version, configuration if runs else None)
-        greengrass.CfnDeployment(
-            self,
-            "Deployment",
-            target_arn=things.attr_arn,
-            components=components,
-            deployment_policies=greengrass.CfnDeployment.DeploymentPoliciesProperty(failure_handling_policy="ROLLBACK"),
-        )
+        policies = greengrass.CfnDeployment.DeploymentPoliciesProperty(failure_handling_policy="ROLLBACK")
+        first = greengrass.CfnDeployment(
+            self, "CanaryDeployment", target_arn=canaries.attr_arn, components=components, deployment_policies=policies,
+            iot_job_configuration=_jobs(settings),
+        )  # fmt: skip
+        rest = greengrass.CfnDeployment(
+            self, "Deployment", target_arn=things.attr_arn, components=components, deployment_policies=policies,
+            iot_job_configuration=_jobs(settings),
+        )  # fmt: skip
+        # CloudFormation does not wait for devices: `shipyard edge rollout` does
+        rest.add_dependency(first)
         cdk.CfnOutput(self, "ThingGroupName", value=things.ref)
+        cdk.CfnOutput(self, "CanaryGroupName", value=canaries.ref)
         cdk.CfnOutput(self, "RoleAliasName", value=alias.ref)
         # policies of a thing group do not grant what a core device asks for: attach this one to each certificate
         cdk.CfnOutput(self, "DevicePolicyName", value=policy.ref)
@@ -76,6 +88,7 @@ class EdgeStack(cdk.Stack):
     def _role(self, artifacts: tuple[Artifact, ...], storage: StorageStack) -> iam.Role:
         """Return the role for which devices exchange their certificate: it reads components alone."""
         keys = [artifact_key(artifact.name, "*") + "*" for artifact in artifacts]
+        keys += [f"deltas/{artifact.name}/*" for artifact in artifacts if artifact.kind == "greengrass-model"]
         location = iam.PolicyStatement(actions=["s3:GetBucketLocation"], resources=[storage.bucket.bucket_arn])
         role = iam.Role(
             self,
@@ -128,6 +141,30 @@ def _pin(
     )
     return greengrass.CfnDeployment.ComponentDeploymentSpecificationProperty(
         component_version=version, configuration_update=update if configuration else None
+    )
+
+
+def _jobs(settings: EdgeSettings) -> greengrass.CfnDeployment.DeploymentIoTJobConfigurationProperty:
+    """Return how a deployment spreads: slowly first, faster as it succeeds, and not on where too many fail."""
+    made = greengrass.CfnDeployment
+    rate = made.IoTJobExponentialRolloutRateProperty(
+        base_rate_per_minute=settings.rollout_per_minute,
+        increment_factor=2,
+        # the CDK has no class of this one, so it is spelt as in a template
+        rate_increase_criteria={"NumberOfSucceededThings": settings.rollout_per_minute},
+    )
+    threshold = made.IoTJobAbortCriteriaProperty(
+        failure_type="FAILED",
+        action="CANCEL",
+        threshold_percentage=settings.abort_percent,
+        min_number_of_executed_things=settings.abort_after,
+    )
+    return made.DeploymentIoTJobConfigurationProperty(
+        job_executions_rollout_config=made.IoTJobExecutionsRolloutConfigProperty(
+            exponential_rate=rate, maximum_per_minute=1000
+        ),
+        abort_config=made.IoTJobAbortConfigProperty(criteria_list=[threshold]),
+        timeout_config=made.IoTJobTimeoutConfigProperty(in_progress_timeout_in_minutes=settings.timeout_minutes),
     )
 
 

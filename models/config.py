@@ -152,13 +152,24 @@ class SubmodelEntry(Settings):
 
 
 class EdgeSettings(Settings):
-    """Name the thing group that receives the components, and the Greengrass versions that are deployed with them."""
+    """Name the thing group that receives the components, and the Greengrass versions that are deployed with them.
+
+    The group "<thing_group>-canary" receives them first. A deployment reaches `rollout_per_minute` devices in its first
+    minute and twice as many whenever that many have succeeded; it ends where `abort_percent` of at least `abort_after`
+    devices have failed, and on a device after `timeout_minutes`. `components` says who makes component versions: the stack,
+    or `shipyard edge publish`, which a fleet needs that goes back to versions that were made before.
+    """
 
     thing_group: Annotated[
-        str, Field(pattern=r"^[A-Za-z0-9:_-]{1,128}$", description="1 to 128 letters, digits, :, _ and -")
+        str, Field(pattern=r"^[A-Za-z0-9:_-]{1,120}$", description="1 to 120 letters, digits, :, _ and -")
     ]
     nucleus_version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+$")]
     token_exchange_version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+$")]
+    components: Literal["stack", "published"] = "stack"
+    rollout_per_minute: Annotated[int, Field(ge=1, le=500)] = 50
+    abort_percent: Annotated[int, Field(ge=1, le=100)] = 10
+    abort_after: Annotated[int, Field(ge=1)] = 5
+    timeout_minutes: Annotated[int, Field(ge=1, le=10080)] = 60
 
 
 class Guardrails(Settings):

@@ -198,9 +198,10 @@ def template_of(stage, name):
 def build(key, signer):
     """A function from artifacts to the stage of their release."""
 
-    def stage(*artifacts, region="us-east-1"):
+    def stage(*artifacts, region="us-east-1", **edge):
         fleet = fleet_of()
-        env = fleet.env["dev"].model_copy(update={"region": region})
+        changed = fleet.env["dev"].edge.model_copy(update=edge)
+        env = fleet.env["dev"].model_copy(update={"region": region, "edge": changed})
         return app.FleetStage(
             cdk.App(context=CONTEXT),
             "dev",
@@ -723,8 +724,18 @@ def test_components_are_kept_and_their_recipes_are_static(templates):
 def test_deployment_pins_every_component(templates, key, signer):
     attestation = attest("edge-model", edge("model")["manifest"], key)
     configuration = {"models": f"com.example.model/0.1.0/edge-model/{attestation}", "trustedKey": signer}
-    deployment = only(templates["edge"], "AWS::GreengrassV2::Deployment")
+    deployments = templates["edge"].find_resources("AWS::GreengrassV2::Deployment")
+    canary, deployment = (deployments[name]["Properties"] for name in ("CanaryDeployment", "Deployment"))
+    assert canary["TargetArn"] == {"Fn::GetAtt": ["CanaryGroup", "Arn"]}
     assert deployment["TargetArn"] == {"Fn::GetAtt": ["ThingGroup", "Arn"]}
+    assert deployments["Deployment"]["DependsOn"] == ["CanaryDeployment"]
+    assert {**canary, "TargetArn": 0} == {**deployment, "TargetArn": 0}
+    jobs = deployment["IotJobConfiguration"]
+    assert jobs["AbortConfig"]["CriteriaList"] == [
+        {"Action": "CANCEL", "FailureType": "FAILED", "MinNumberOfExecutedThings": 5, "ThresholdPercentage": 10}
+    ]
+    assert jobs["JobExecutionsRolloutConfig"]["ExponentialRate"]["BaseRatePerMinute"] == 50
+    assert jobs["TimeoutConfig"] == {"InProgressTimeoutInMinutes": 60}
     assert deployment["Components"] == {
         "aws.greengrass.Nucleus": {
             "ComponentVersion": "2.16.0",
@@ -737,7 +748,15 @@ def test_deployment_pins_every_component(templates, key, signer):
         },
         "com.example.model": {"ComponentVersion": {"Fn::GetAtt": ["edgemodel", "ComponentVersion"]}},
     }
-    assert only(templates["edge"], "AWS::IoT::ThingGroup")["ThingGroupName"] == "shipyard-dev"
+    groups = templates["edge"].find_resources("AWS::IoT::ThingGroup")
+    assert {g["Properties"]["ThingGroupName"] for g in groups.values()} == {"shipyard-dev", "shipyard-dev-canary"}
+
+
+def test_published_components_are_pinned_and_not_made(build):
+    made = read(build(components="published"))["edge"]
+    assert made.find_resources("AWS::GreengrassV2::ComponentVersion") == {}
+    for deployment in made.find_resources("AWS::GreengrassV2::Deployment").values():
+        assert deployment["Properties"]["Components"]["com.example.model"] == {"ComponentVersion": "0.1.0"}
 
 
 def test_devices_read_components_alone(templates):
@@ -745,7 +764,7 @@ def test_devices_read_components_alone(templates):
     (trust,) = role["AssumeRolePolicyDocument"]["Statement"]
     assert trust["Principal"] == {"Service": "credentials.iot.amazonaws.com"}
     allowed = statements(role)
-    keys = ("artifacts/edge-model/*/*", "artifacts/edge-runtime/*/*")
+    keys = ("artifacts/edge-model/*/*", "artifacts/edge-runtime/*/*", "deltas/edge-model/*")
     assert allowed["s3:GetObject"] == ([f"<bucket>/{key}" for key in keys], None)
     assert allowed.keys() == {"s3:GetObject", "s3:GetBucketLocation", "kms:Decrypt"}
 

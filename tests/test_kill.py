@@ -65,10 +65,11 @@ def test_kill_in_every_stage(tiny_fleet: Path, tmp_path: Path) -> None:
     assert "start " not in again.stderr
     assert again.stdout == last.stdout
 
-    # from the same training, under another path, language, time zone, order of hashes and number of threads: the same
-    # bundles to the byte
+    # from the same training and wheels, under another path, language, time zone, order of hashes and number of threads:
+    # the same bundles to the byte
     here = tmp_path / "here"
-    shutil.copytree(build / "tiny" / "joint", here / "tiny" / "joint")
+    for kept in ("joint", "edge_runtime/wheels"):
+        shutil.copytree(build / "tiny" / kept, here / "tiny" / kept)
     arguments[arguments.index("--build") + 1] = str(here)
     threads = str(1 + int(json.loads(last.stdout)["source"]["machine"]["threads"] == 1))
     other = shipyard(*arguments, XDG_CONFIG_HOME=str(tmp_path), OMP_NUM_THREADS=threads, **HERE)

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from serve import greengrass
+from serve.greengrass import recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {
@@ -27,6 +27,7 @@ SOURCES = {
 OURS = {*SOURCES, "app", "tests"}
 SERVE_MAY_IMPORT = {"serve", "numpy", "onnxruntime", "tokenizers", "cryptography", "rfc8785", "boto3", "botocore"}
 SERVE_MAY_IMPORT |= {"uvicorn", "uvloop", "prometheus_client", "cachetools", "urllib3"}
+SERVE_MAY_IMPORT |= {"awsiot", "paho", "zstandard"}
 HEAVY = {"torch", "transformers", "peft", "boto3", "botocore", "numpy", "onnx", "onnxruntime", "pyarrow", "duckdb"}
 SERVE = [f"serve.{path.stem}" for path in sorted(SOURCES["serve"].glob("*.py")) if path.stem != "__init__"]
 PURE = ["models.config", "models.release", "models.submodel"]
@@ -245,9 +246,9 @@ def test_telemetry_is_off_in_every_artifact():
     assert re.search(r"^ENV .*\bORT_DISABLE_TELEMETRY=1\b", dockerfile, re.MULTILINE)
     assert len(environments) == 2
     assert {environment["ORT_DISABLE_TELEMETRY"] for environment in environments} == {"'1'"}
-    recipe = greengrass.runtime_recipe("edge-runtime", "1.0.0", "s3://bucket/key.zip")
-    assert {m["Lifecycle"]["Setenv"]["ORT_DISABLE_TELEMETRY"] for m in recipe["Manifests"]} == {"1"}
-    assert "ORT_DISABLE_TELEMETRY=1" in greengrass.RUN
+    runtime = recipe.runtime_recipe("1.0.0", "s3://bucket/key/", ("edge-recommend",))
+    assert {m["Lifecycle"]["Setenv"]["ORT_DISABLE_TELEMETRY"] for m in runtime["Manifests"]} == {"1"}
+    assert "ORT_DISABLE_TELEMETRY=1" in recipe.RUN
 
 
 # --- pins ------------------------------------------------------------------------------------------------------------

@@ -352,6 +352,7 @@ def test_an_added_import_brings_its_module_into_the_key(copied):
 # --- the line --------------------------------------------------------------------------------------------------------
 
 FLEET = load_fleet(ROOT / "fleet.toml")
+RUNTIME = {("wheels", "edge_runtime"), ("bundle", "edge_runtime")}
 ONCE = functools.cache(closure)
 DIGESTS = {"items": "i", "train": "1", "validation": "2", "test": "3"}
 PARTS = {"trunk": "t"} | {name: name for name in FLEET.submodel}
@@ -405,7 +406,7 @@ def changed(keys, before):
 def test_every_stage_of_every_unit_has_a_key_of_its_own(keys):
     each = {(verb, name) for verb in ("split", "export", "quantise", "bundle") for name in FLEET.submodel}
     whole = {(verb, "joint") for verb in ("data", "finetune", "evaluate")}
-    assert keys.keys() == each | whole | {("bundle", "edge_runtime")}
+    assert keys.keys() == each | whole | RUNTIME
     assert len(set(keys.values())) == len(keys)
     assert keys_of() == keys
 
@@ -417,7 +418,7 @@ def test_a_heads_change_leaves_the_other_sub_models(keys, name):
         (verb, name) for verb in ("split", "export", "quantise")
     }
     assert ("evaluate", "joint") in after and ("bundle", name) in after
-    assert not {("data", "joint"), ("finetune", "joint"), ("bundle", "edge_runtime")} & after
+    assert not {("data", "joint"), ("finetune", "joint"), *RUNTIME} & after
 
 
 def test_a_change_of_the_trunk_splits_everything_again(keys):
@@ -434,7 +435,7 @@ def test_a_change_of_the_test_period_reaches_the_evaluation_and_no_training(keys
 @pytest.mark.parametrize("part", ["items", "train", "validation"])
 def test_a_change_of_the_past_reaches_everything(keys, part):
     after = changed(keys_of(data={"digests": DIGESTS | {part: "other"}}), keys)
-    assert after == keys.keys() - {("data", "joint"), ("bundle", "edge_runtime")}
+    assert after == keys.keys() - {("data", "joint")} - RUNTIME
 
 
 def with_profile(**changes):
@@ -467,4 +468,4 @@ def test_a_gate_reaches_nothing(keys):
 def test_a_target_reaches_its_own_sub_models_alone(keys):
     target = FLEET.target | {"edge": FLEET.target["edge"].model_copy(update={"max_loss": 0.05})}
     after = changed(keys_of(FLEET.model_copy(update={"target": target})), keys)
-    assert after == {("quantise", "edge_recommend"), ("bundle", "edge_recommend"), ("bundle", "edge_runtime")}
+    assert after == {("quantise", "edge_recommend"), ("bundle", "edge_recommend")}

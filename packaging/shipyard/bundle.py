@@ -18,17 +18,19 @@ import onnx
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import serve
 from models import submodel
 from models.behaviour import VALIDATION, load_behaviour
 from models.config import Target, TargetName
 from models.cross import MAX_TOKENS as PAIR_TOKENS
 from models.release import File, artifact_key, files_digest
-from serve import greengrass, triton
+from serve import triton
 from serve.codec import SCHEMA
 from serve.engine import ENGINE
 from serve.errors import ShipyardError
 from serve.files import read_json, sha256_file
 from serve.fused import CODEC, FUSION
+from serve.greengrass import recipe
 from serve.history import FEATURES, LIMIT, OFFER
 from serve.runtime import LOGITS, Model
 from serve.trust import MANIFEST, check_bundle
@@ -36,6 +38,9 @@ from shipyard.archive import write_tar_gz
 from shipyard.examples import Examples
 from shipyard.export import IR_VERSION, OPSET
 from shipyard.stage import closure
+from shipyard.wheels import LOCK, unpacked
+
+CODE = Path(serve.__file__).parent
 
 ARCHIVE = "model.tar.gz"
 """Triton's model repository in one object, beside the repository itself, which everything else reads."""
@@ -141,7 +146,7 @@ def bundle(
     document["golden"] = _golden(data, name, Model(tree, document))
     manifest = _seal(tree, document)
     if place == "edge":
-        return _zipped(out, kebab, name, manifest, target, greengrass.model_component(kebab))
+        return _zipped(out, kebab, name, manifest, target)
     kind = "triton" if place == "gpu" else "image-context"
     artifact = _artifact(kebab, name, place, kind, manifest, tree, target.max_size_mb)
     artifact["template"] = (
@@ -219,34 +224,61 @@ def _gateway_template(key: str) -> dict[str, Any]:
     return template
 
 
-def bundle_runtime(target: Target, out: Path) -> dict[str, Any]:
-    """Write the edge's runtime, code alone, as a bundle and its zip; return its artifact."""
+EDGE_CODE = ("agent", "delta", "device", "download", "install", "link", "local", "protocol", "store", "telemetry")
+"""What of serve.greengrass runs on a device."""
+
+MOST_RUNTIME_MB = 160
+"""Size of the runtime for both architectures, most of which are wheels."""
+
+
+def bundle_runtime(models: tuple[str, ...], wheels: Path, out: Path) -> dict[str, Any]:
+    """Write the edge's runtime, code and wheels, as a bundle and a zip for each architecture; return its artifact.
+
+    `models` are the artifacts that it serves, `wheels` the folder of `shipyard.wheels`.
+    """
     tree = _empty(out)
-    _copy_code(tree / "serve", "serve.server")
-    _write(tree / "install.sh", greengrass.INSTALL)
-    _write(tree / "run.sh", greengrass.RUN)
+    (out / "upload").mkdir(parents=True)
+    for architecture in recipe.PLATFORMS:
+        code = tree / architecture
+        _copy_code(code / "serve", *(f"serve.greengrass.{name}" for name in EDGE_CODE))
+        _write(code / "install.sh", recipe.INSTALL)
+        _write(code / "run.sh", recipe.RUN)
+        _copy(LOCK, code / "requirements.txt")
+        packages = sorted((wheels / architecture).glob("*.whl"))
+        for wheel in packages:
+            _copy(wheel, code / "wheels" / wheel.name)
+        _write(code / "installed-bytes", f"{sum(map(unpacked, packages))}\n")
+        write_zip(code, out / "upload" / f"{recipe.archive(architecture)}.zip")
     manifest = _seal(tree, {"schema": SCHEMA, "name": "edge-runtime", "engine": ENGINE})
-    return _zipped(out, "edge-runtime", None, manifest, target, greengrass.RUNTIME_COMPONENT)
+    artifact = _artifact(
+        "edge-runtime", None, "edge", "greengrass-runtime", manifest, out / "upload", MOST_RUNTIME_MB
+    )  # fmt: skip
+    prefix = f"s3://@BUCKET@/{artifact['key']}"
+    version = _version(recipe.runtime_recipe("VERSION", prefix, models))
+    artifact["template"] = {"recipe": recipe.runtime_recipe(version, prefix, models)}
+    return artifact
 
 
-def _zipped(out: Path, kebab: str, name: str | None, manifest: str, target: Target, component: str) -> dict[str, Any]:
-    """Zip a bundle for Greengrass and return its artifact, with the recipe as its template."""
+def _zipped(out: Path, kebab: str, name: str, manifest: str, target: Target) -> dict[str, Any]:
+    """Zip a model's bundle for Greengrass and return its artifact, with the recipe as its template."""
     archive = out / "upload" / f"{kebab}.zip"
     archive.parent.mkdir(parents=True)
     write_zip(out / "bundle", archive)
-    kind = "greengrass-model" if name else "greengrass-runtime"
-    artifact = _artifact(kebab, name, "edge", kind, manifest, archive.parent, target.max_size_mb)
+    artifact = _artifact(kebab, name, "edge", "greengrass-model", manifest, archive.parent, target.max_size_mb)
     uri = f"s3://@BUCKET@/{artifact['key']}{archive.name}"
-    recipe = (
-        greengrass.model_recipe(kebab, "VERSION", uri) if name else greengrass.runtime_recipe(kebab, "VERSION", uri)
-    )
-    # of the recipe too: a published version can never change, so all that it says must be in its version
-    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
-    recipe["ComponentVersion"] = version = f"1.0.{int(digest[:7], 16)}"
-    artifact["template"] = {"recipe": recipe}
-    if name:
-        artifact["template"]["model"] = f"{component}/{version}/{kebab}/@ATTESTATION@"
+    version = _version(recipe.model_recipe(kebab, "VERSION", uri))
+    artifact["template"] = {
+        "recipe": recipe.model_recipe(kebab, version, uri),
+        "model": f"{recipe.model_component(kebab)}/{version}/{kebab}/@ATTESTATION@",
+    }
     return artifact
+
+
+def _version(document: dict[str, Any]) -> str:
+    """Return the version of a recipe: a published one can never change, so all that it says, its archive's digest in the
+    Uri included, is in it."""
+    digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    return f"1.0.{int(digest[:7], 16)}"
 
 
 def write_zip(tree: Path, archive: Path) -> None:
@@ -346,7 +378,7 @@ def requirements(packages: tuple[str, ...]) -> str:
 def _copy_code(into: Path, *modules: str) -> None:
     """Copy the runtime's modules that `modules` reach by imports."""
     for path in closure(modules)[0].values():
-        _copy(path, into / path.name)
+        _copy(path, into / path.relative_to(CODE))
 
 
 def _copy(source: Path, target: Path) -> None:

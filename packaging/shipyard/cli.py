@@ -65,6 +65,7 @@ HELP = {
     "publish": "verify a local release and copy it into releases/",
     "upload": "send the artifacts of a published release from build/store to a bucket",
     "synth": "synthesize the stacks with the pinned CDK CLI",
+    "edge": "bring a release to edge devices and see where they stand",
     "inspect": "print what a release or a bundle holds",
     "verify": "check a release, a bundle of it, or all that a store holds of it, digest by digest",
     "diff": "print what differs between two releases",
@@ -80,6 +81,15 @@ REVIEW = {
     "prices": "bring the price book up to date from the AWS Price List API (shipyard prices --help)",
 }
 """Verbs of infra.cost.command. It is found by its name: shipyard and infra never import each other."""
+
+
+EDGE = {
+    "publish": "upload a release's models, runtime and deltas, and publish its components",
+    "rollout": "publish, then bring the release to the canary devices, and to the fleet once they are well",
+    "rollback": "bring every device back to the release before, or to the one that is named",
+    "status": "tell the devices in step, behind, silent and failed, by group",
+}
+"""What `shipyard edge` does."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -134,6 +144,12 @@ def parser() -> argparse.ArgumentParser:
                               "fleet.toml names in releases/)")  # fmt: skip
     synthesizing.add_argument("--out", type=Path, default=None, help="where to (default: cdk.out beside fleet.toml)")
     synthesizing.add_argument("--validate", action="store_true", help="also run the CDK's own validator (slower)")
+    edging = add("edge", more=" " + " ".join(f"{action}: {text}." for action, text in EDGE.items()))
+    edging.add_argument("action", choices=EDGE, help="what to do")
+    edging.add_argument("version", nargs="?", help="a release in releases/: to publish, roll out, or go back to")
+    edging.add_argument("--env", required=True, help="an [env.*] of fleet.toml")
+    edging.add_argument("--wait", type=float, default=3600.0, help="seconds for the canaries (default: 3600)")
+    edging.add_argument("--allow-older", action="store_true", help="also one before project.minimum_sequence")
     inspecting = add("inspect", more=" A release is verified by the keys in the folder keys/ beside it.")
     inspecting.add_argument("path", type=Path, help="a release file, or a bundle's folder or zip")
     inspecting.add_argument("--markdown", action="store_true", help="print a release's table in Markdown")
@@ -215,6 +231,14 @@ def _run(chosen: argparse.Namespace, reporter: Reporter) -> int:
         return 0
     if chosen.verb in ("up", "down"):
         return _serve(chosen, build, reporter)
+    if chosen.verb == "edge":
+        try:
+            edge = importlib.import_module("shipyard.edge")  # not at the top: only what speaks to AWS needs boto3
+        except ModuleNotFoundError as fault:
+            raise ShipyardError(
+                f"edge: {fault.name} is not installed", mend="pip install 'shipyard[aws,edge]'"
+            ) from None
+        return int(edge.run(chosen, fleet, root, build, reporter))
     if chosen.verb == "synth":
         _synth(
             chosen.fleet, chosen.out or root / "cdk.out", reporter, env=chosen.env, release=chosen.release,

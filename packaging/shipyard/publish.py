@@ -5,6 +5,7 @@ from pathlib import Path
 from models.release import Release, dump, read_release
 from serve.errors import ShipyardError
 from serve.trust import load_keys
+from shipyard.lock import lock
 from shipyard.stage import write
 
 
@@ -27,5 +28,6 @@ def publish(release: Path, releases: Path) -> Release:
     public = f"{found.signature.key_id}.pub"
     (releases / "keys").mkdir(parents=True, exist_ok=True)
     write(releases / "keys" / public, (keys / public).read_text(encoding="utf-8"))
+    lock(found, releases)
     write(target, dump(found))
     return found

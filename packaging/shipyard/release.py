@@ -223,18 +223,26 @@ class Line:
 
         return self._run("rerank", name, (data, tuned), config, work, *self._models)
 
+    @functools.cached_property
+    def wheels(self) -> Record:
+        """The packages that an edge device installs, by the digests of their lock."""
+        module = importlib.import_module("shipyard.wheels")
+        return self._run("wheels", RUNTIME, (), {"lock": sha256_file(module.LOCK)}, module.wheels)
+
     @functools.cache  # noqa: B019 - a line lives as long as its command
     def bundle(self, name: str) -> Record:
         """A sub-model's artifact; `RUNTIME` is the edge's code, `GATEWAY` what fuses."""
         if name == GATEWAY:
             return self._gateway()
         if name == RUNTIME:
-            target = self.fleet.target["edge"]
+            models = tuple(n.replace("_", "-") for n in self.names if self.fleet.submodel[n].target == "edge")
+            wheels = self.wheels
 
             def runtime(out: Path) -> Any:
-                return importlib.import_module("shipyard.bundle").bundle_runtime(target, out)
+                return importlib.import_module("shipyard.bundle").bundle_runtime(models, wheels.folder, out)
 
-            return self._run("bundle", name, (), _plain(target), runtime, "serve.server")
+            modules = ("serve.greengrass.device", "serve.greengrass.download", "serve.greengrass.install")
+            return self._run("bundle", name, (wheels,), {"models": models}, runtime, *modules)
         data, alone, tuned, quantised = self.past, self.split(name), self.finetune, self.quantise(name)
         crossed = self.rerank(name)
         # one whose word does not count on validation is not shipped
