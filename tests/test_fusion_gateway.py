@@ -257,8 +257,12 @@ def test_the_trace_of_the_caller_reaches_every_target(fleet):
     _, answer = fleet.ask("/v1/search", {"query": "trace"}, traceparent=trace, **{"X-Request-Id": "traced-1"})
     assert answer["request_id"] == "traced-1"
     for member in fleet.members:
-        log = (fleet.folder / "up" / f"{member.name}.log").read_text()
-        assert "id=traced-1" in log and f"trace={trace}" in log, member.name
+        log = fleet.folder / "up" / f"{member.name}.log"
+        until = time.monotonic() + 20  # a request is logged after its answer is sent
+        while "id=traced-1" not in log.read_text() and time.monotonic() < until:
+            time.sleep(0.05)
+        [line] = [line for line in log.read_text().splitlines() if "id=traced-1" in line]
+        assert f"trace={trace}" in line, member.name
 
 
 # --- feedback --------------------------------------------------------------------------------------------------------

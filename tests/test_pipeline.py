@@ -227,7 +227,7 @@ def test_search_may_carry_its_repository_as_an_archive(small: Made, tmp_path: Pa
     target = small.fleet.target["gpu"].model_copy(update={"archive": "tar.gz"})
     artifact = bundling.bundle(
         small.folder("joint", "data"), small.folder("search", "split"), small.folder("joint", "finetune"),
-        small.folder("search", "quantise"), "search", target, "gpu", document["facts"], {}, tmp_path,
+        small.folder("search", "quantise"), "search", target, "gpu", document["facts"], tmp_path,
     )  # fmt: skip
     assert artifact["template"]["model_data"] == "model.tar.gz"
     assert "model.tar.gz" in {file["path"] for file in artifact["files"]}
