@@ -61,7 +61,7 @@ docs: setup ## write docs/stacks.md, the diagram and tables of all stacks, from 
 	SHIPYARD_UPDATE_DOCS=1 $(BIN)/python -m pytest --quiet tests/test_stacks.py
 
 test: setup lint ## all tests, on a small profile of the real data
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

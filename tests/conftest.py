@@ -10,6 +10,8 @@ from typing import Any
 
 # before anything imports the CDK: its bundled validator takes seconds, and cfn-lint runs in the tests of stacks
 os.environ.setdefault("CDK_VALIDATION", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a core of its own
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
@@ -81,6 +83,14 @@ def make(build: Path, profile: str, *more: object) -> Made:
     path = build / "releases" / f"{version}.json"
     keys = load_keys(build / "releases" / "keys")
     return Made(build, path, read_release(path, keys), keys, load_fleet(ROOT / "fleet.toml"), done.stderr)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Keep a module's tests on one worker, and those of the small release on the one that made it."""
+    modules = {item.path for item in items if "small" in item.fixturenames}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("small" if item.path in modules else item.path.stem))
 
 
 @pytest.fixture(scope="session")
