@@ -167,7 +167,10 @@ def test_bundles_hold_exactly_these_files(small: Made) -> None:
     uploaded = small.folder("edge_recommend", "bundle") / "upload" / "edge-recommend.zip"
     with zipfile.ZipFile(uploaded) as archive:
         assert set(archive.namelist()) == names("edge_recommend")
-    edge = {f"serve/greengrass/{n}.py" for n in ("__init__", *bundling.EDGE_CODE)} | code - {"serve/server.py"}
+    serving = ("asgi", "batch", "listen", "openapi", "server", "triton")
+    edge = {f"serve/greengrass/{n}.py" for n in ("__init__", *bundling.EDGE_CODE)} | code - {
+        f"serve/{module}.py" for module in serving
+    }
     for architecture in ("amd64", "aarch64"):
         with zipfile.ZipFile(
             small.folder("edge_runtime", "bundle") / "upload" / f"edge-runtime-{architecture}.zip"
