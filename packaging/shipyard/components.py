@@ -57,14 +57,12 @@ def publish_component(
     created = True
     try:
         # the same content has the same token, so that a try which was cut off counts once
-        token = hashlib.sha256(recipe).hexdigest()[:64]
+        token = hashlib.sha256(recipe).hexdigest()
         greengrass.create_component_version(inlineRecipe=recipe, clientToken=token)
-    except ClientError as fault:
-        if fault.response["Error"]["Code"] != "ConflictException":
+    except (ClientError, BotoCoreError) as fault:
+        if not isinstance(fault, ClientError) or fault.response["Error"]["Code"] != "ConflictException":
             raise ShipyardError(f"edge: {name} {version}: {fault}", mend=MEND) from None
         created = False
-    except BotoCoreError as fault:
-        raise ShipyardError(f"edge: {name} {version}: {fault}", mend=MEND) from None
     until = time.monotonic() + wait
     while (status := call(greengrass.describe_component, arn=arn)["status"])["componentState"] != "DEPLOYABLE":
         if status["componentState"] != "REQUESTED" or time.monotonic() > until:

@@ -28,8 +28,10 @@ JUDGED = ("validation_examples", "test_examples", "test_each", "strong_baselines
 """What of a profile the evaluation depends on."""
 
 RUNTIME = "edge_runtime"
-GATEWAY = "gateway"
 """Unit of the edge's runtime, which is code and belongs to no sub-model."""
+
+GATEWAY = "gateway"
+"""Unit of the gateway: what fuses the sub-models' answers."""
 
 Report = Callable[[str, int, int], None]
 
