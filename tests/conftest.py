@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,18 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """
     kept = os.environ.get("SHIPYARD_TEST_BUILD")
     return make(Path(kept) if kept else tmp_path_factory.mktemp("build"), "small")
+
+
+@pytest.fixture(scope="module")
+def moto() -> Iterator[str]:
+    """Return the address of a local AWS on loopback."""
+    from moto.server import ThreadedMotoServer  # not at the top: most tests do without
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
 
 
 @pytest.fixture

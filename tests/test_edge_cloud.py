@@ -13,7 +13,6 @@ from botocore.config import Config
 from conftest import ROOT
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from greengrass_endpoint import Endpoint, Refused
-from moto.server import ThreadedMotoServer
 
 from models.config import load_fleet
 from models.release import File, artifact_key, attest, files_digest, read_release
@@ -89,15 +88,6 @@ class Made:
             "name": name, "submodel": submodel, "target": "edge", "kind": kind, "key": key, "digest": digest,
             "manifest": manifest, "attestation": attest(name, manifest, self.key), "files": files, "template": template,
         })  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def moto():
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import pytest
 from botocore.config import Config
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from moto.server import ThreadedMotoServer
 
 from models.release import File, artifact_key, attest, dump, files_digest, read_release, sign
 from serve import fetch as fetching
@@ -29,22 +28,13 @@ CONTENTS = {"model.onnx": b"\0weights\xff" * 1000, "catalogue.json": b"{}", "ser
 # --- stores ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def endpoint():
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
 @pytest.fixture
-def aws(monkeypatch, endpoint, tmp_path):
+def aws(monkeypatch, moto, tmp_path):
     """The surroundings in which boto3 finds the local S3 and nothing else."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     surroundings = {
-        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ENDPOINT_URL": moto,
         "AWS_ACCESS_KEY_ID": "testing",
         "AWS_SECRET_ACCESS_KEY": "testing",
         "AWS_DEFAULT_REGION": "us-east-1",
