@@ -7,10 +7,14 @@ import subprocess
 import sys
 import threading
 import time
+from random import Random
+from urllib.parse import parse_qs
 
 import boto3
 import pytest
 from botocore.config import Config
+from moto.core import DEFAULT_ACCOUNT_ID
+from moto.s3.models import s3_backends
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
@@ -21,7 +25,7 @@ from shipyard.upload import upload
 from tests.test_upload import make_artifact, quiet
 
 BUCKET = "shipyard-accidents"
-LARGE = {"model.onnx": os.urandom(1 << 10) * (20 << 10), "catalogue.json": b"{}"}  # 20 MiB: three parts
+LARGE = {"model.onnx": Random(0).randbytes(20 << 20), "catalogue.json": b"{}"}  # three parts
 
 
 class Faulty:
@@ -29,7 +33,7 @@ class Faulty:
 
     def __init__(self):
         self.inner = DomainDispatcherApplication(create_backend_app)
-        self.requests, self.fault, self.lock = [], None, threading.Lock()
+        self.requests, self.fault, self.lock, self.parts = [], None, threading.Lock(), threading.Lock()
 
     def __call__(self, environ, start_response):
         length = int(environ.get("CONTENT_LENGTH") or 0)
@@ -40,7 +44,16 @@ class Faulty:
             environ["wsgi.input"].read(length)
             start_response(f"{status} Fault", [("Content-Type", "application/xml")])
             return [f"<Error><Code>{'SlowDown' if status == 503 else 'InternalError'}</Code></Error>".encode()]
-        return self.inner(environ, start_response)
+        upload_id = parse_qs(environ["QUERY_STRING"]).get("uploadId")
+        if not upload_id:
+            return self.inner(environ, start_response)
+        # a part of an upload that has ended: S3 says 404, moto fails with 500
+        with self.parts:
+            if upload_id[0] in s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets[BUCKET].multiparts:
+                return self.inner(environ, start_response)
+        environ["wsgi.input"].read(length)
+        start_response("404 Not Found", [("Content-Type", "application/xml")])
+        return [b"<Error><Code>NoSuchUpload</Code></Error>"]
 
     def sent(self):
         return sum(length for method, *_, length in self.requests if method == "PUT")
@@ -222,7 +235,8 @@ def test_truncated_and_longer_objects_are_not_taken_for_the_file(client, large, 
     file, store = tmp_path / "bundle" / "model.onnx", S3Store(BUCKET, client)
     content = LARGE["model.onnx"]
     digest = hashlib.sha256(content).hexdigest()
-    for wrong in (content[:-1], content + b"!", content[:-1] + b"!", b""):
+    other = bytes([content[-1] ^ 1])
+    for wrong in (content[:-1], content + b"!", content[:-1] + other, b""):
         client.put_object(Bucket=BUCKET, Key="key", Body=wrong, ChecksumAlgorithm="SHA256")
         assert store.holds("key", file, digest) is False
     client.put_object(Bucket=BUCKET, Key="key", Body=content, ChecksumAlgorithm="SHA256")
