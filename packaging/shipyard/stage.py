@@ -31,7 +31,7 @@ OURS = ("models", "shipyard", "serve")
 RECORD = "stage.json"
 
 SETTINGS = "models.config"
-"""The module that reads fleet.toml: what a stage depends on of it is in the stage's configuration."""
+"""The module that reads fleet.toml: what a stage depends on of it, and of what it imports, is in its configuration."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Stage:
             {
                 "inputs": [record.digest for record in self.inputs],
                 "config": dict(self.config),
-                "code": {name: sha256_file(path) for name, path in sources.items() if name != SETTINGS},
+                "code": {name: sha256_file(path) for name, path in sources.items()},
                 "libraries": libraries,
                 "python": ".".join(map(str, sys.version_info[:2])),
             }
@@ -118,14 +118,17 @@ def write(path: Path, text: str) -> None:
 
 
 def closure(modules: tuple[str, ...]) -> tuple[dict[str, Path], dict[str, str]]:
-    """Return the files of our modules that `modules` reach by imports, and the libraries' versions that these name."""
+    """Return the files of our modules that `modules` reach by imports, and the libraries' versions that these name.
+
+    `SETTINGS` is left out: an instance type that is allowed anew is no reason to train again.
+    """
     sources: dict[str, Path] = {}
     libraries: dict[str, str] = {}
     waiting = list(modules)
     while waiting:
         name = waiting.pop()
         path = _source(name)
-        if name in sources or path is None:
+        if name in sources or name == SETTINGS or path is None:
             continue
         sources[name] = path
         for imported in _imports(path):
