@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from infra.cost.prices import Book, Price
-from infra.cost.resolve import Pointer, Scope, Unknown
+from infra.cost.resolve import POINTER, Pointer, Scope, Unknown
 from infra.cost.usage import DEFAULTS, HOURS, KEYS, Three, Usage
 
 Status = Literal["fixed", "usage", "free", "unknown", "release"]
@@ -80,6 +80,8 @@ class View:
             raise NotStatic(f"{self._where}{name}: {found.reason}")
         if found is None:
             return default
+        if isinstance(found, str) and "{{resolve:" in found:
+            raise NotStatic(f"{self._where}{name}: a dynamic reference is read when it is deployed")
         if not isinstance(found, dict | list):
             self.reads[f"{self._where}{name}"] = str(found)
         return found
@@ -100,9 +102,13 @@ class View:
     def text(self, name: str, default: str = "") -> str:
         """Return a property that is a text."""
         found = self.get(name, default)
-        if isinstance(found, dict | list | Pointer):
+        if isinstance(found, dict | list | Pointer) or (isinstance(found, str) and POINTER.search(found)):
             raise NotStatic(f"{self._where}{name} is not a static text")
         return str(found)
+
+    def flag(self, name: str) -> bool:
+        """Return whether a property is true; left out it is not."""
+        return self.text(name, "false").lower() == "true"
 
     def view(self, name: str) -> "View":
         """Return a table within; an empty one where it is left out."""
