@@ -50,6 +50,30 @@ def amounts(found):
     return {line.item: tuple(float(a) for a in line.amount) for line in found if line.amount}
 
 
+def scaled(scheduled=(), **bounds):
+    return {
+        "Service": {
+            "Type": "AWS::ECS::Service",
+            "Properties": {"LaunchType": "FARGATE", "TaskDefinition": {"Ref": "Task"}, "Cluster": {"Ref": "Cluster"}},
+        },
+        "Task": {"Type": "AWS::ECS::TaskDefinition", "Properties": {"Cpu": "1024", "Memory": "2048"}},
+        "Cluster": {"Type": "AWS::ECS::Cluster"},
+        "Target": {
+            "Type": "AWS::ApplicationAutoScaling::ScalableTarget",
+            "Properties": {
+                "MinCapacity": 2,
+                "MaxCapacity": 8,
+                "ScalableDimension": "ecs:service:DesiredCount",
+                "ResourceId": {
+                    "Fn::Join": ["", ["service/", {"Ref": "Cluster"}, "/", {"Fn::GetAtt": ["Service", "Name"]}]]
+                },
+                "ScheduledActions": list(scheduled),
+                **bounds,
+            },
+        },
+    }
+
+
 # --- the price book --------------------------------------------------------------------------------------------------
 
 
@@ -140,159 +164,6 @@ def test_without_usage_a_line_tells_its_price_and_the_keys_that_it_wants():
     assert found[1].amount is None
     assert found[1].missing == ("processed_gb",)
     assert found[1].prices[0].price == Decimal("0.045")
-
-
-# --- compute ---------------------------------------------------------------------------------------------------------
-
-
-def test_shadow_variants_volumes_and_capture_are_priced():
-    properties = {
-        "ProductionVariants": [variant(2, VolumeSizeInGB=50)],
-        "ShadowProductionVariants": [variant()],
-        "DataCaptureConfig": {"EnableCapture": True, "InitialSamplingPercentage": 50},
-    }
-    used = usage_of(requests_per_second=10, request_kb=2, response_kb=6)
-    found = amounts(one("AWS::SageMaker::EndpointConfig", properties, used))
-    assert found["variant a: ml.g5.xlarge"][0] == pytest.approx(2 * 1.4084 * 730)
-    assert found["shadow variant a: ml.g5.xlarge"][0] == pytest.approx(1.4084 * 730)
-    assert found["variant a: volumes"][0] == pytest.approx(2 * 50 * 0.14)
-    gigabytes = 10 * 3600 * 730 * 8 / 1024**2
-    assert found["data in and out of the models"][0] == pytest.approx(gigabytes * 0.016)
-    assert found["captured data, kept in S3"][0] == pytest.approx(gigabytes / 2 * 0.023)
-
-
-def test_a_variant_of_pools_is_priced_at_its_first_choice():
-    pools = [{"InstanceType": "ml.g6.2xlarge", "Priority": 2}, {"InstanceType": "ml.g5.xlarge", "Priority": 1}]
-    [line, *_] = one(
-        "AWS::SageMaker::EndpointConfig",
-        {"ProductionVariants": [{"VariantName": "a", "InstancePools": pools, "InitialInstanceCount": 2}]},
-    )
-    assert float(line.amount[1]) == pytest.approx(2 * 1.4084 * 730)
-    assert "where it cannot be had, ml.g6.2xlarge at another price" in line.note
-
-
-def test_serverless_variants_follow_requests():
-    serverless = {"VariantName": "a", "ServerlessConfig": {"MemorySizeInMB": 2048, "ProvisionedConcurrency": 1}}
-    used = usage_of(requests_per_second=1, duration_ms=100, request_kb=0, response_kb=0)
-    found = amounts(one("AWS::SageMaker::EndpointConfig", {"ProductionVariants": [serverless]}, used))
-    assert found["variant a: serverless compute"][0] == pytest.approx(3600 * 730 * 0.1 * 0.00004)
-    assert found["variant a: provisioned concurrency"][0] == pytest.approx(3600 * 730 * 0.0000233)
-
-
-def scaled(scheduled=(), **bounds):
-    return {
-        "Service": {
-            "Type": "AWS::ECS::Service",
-            "Properties": {"LaunchType": "FARGATE", "TaskDefinition": {"Ref": "Task"}, "Cluster": {"Ref": "Cluster"}},
-        },
-        "Task": {"Type": "AWS::ECS::TaskDefinition", "Properties": {"Cpu": "1024", "Memory": "2048"}},
-        "Cluster": {"Type": "AWS::ECS::Cluster"},
-        "Target": {
-            "Type": "AWS::ApplicationAutoScaling::ScalableTarget",
-            "Properties": {
-                "MinCapacity": 2,
-                "MaxCapacity": 8,
-                "ScalableDimension": "ecs:service:DesiredCount",
-                "ResourceId": {
-                    "Fn::Join": ["", ["service/", {"Ref": "Cluster"}, "/", {"Fn::GetAtt": ["Service", "Name"]}]]
-                },
-                "ScheduledActions": list(scheduled),
-                **bounds,
-            },
-        },
-    }
-
-
-def tasks(resources, usage=None):
-    found = [line for line in lines(resources, usage) if line.item.startswith("vCPU of tasks")]
-    return [float(q) / 730 for q in found[0].quantity]
-
-
-def at(schedule, **bounds):
-    return {"Schedule": schedule, "ScheduledActionName": "x", "ScalableTargetAction": bounds}
-
-
-def test_autoscaling_gives_minimum_and_maximum():
-    assert tasks(scaled()) == [2, 2, 8]
-
-
-def test_autoscaling_follows_the_load_of_each_hour():
-    busy = tuple(Decimal(100 if 8 <= hour < 20 else 1) for hour in range(24))
-    values = {
-        "requests_per_second": (busy, busy, tuple(3 * r for r in busy)),
-        "unit_requests_per_second": (Decimal(20),) * 3,
-    }
-    # 100 a second want 5 tasks for half of the day, 300 want 15 and get 8; at night the minimum of 2 runs
-    assert tasks(scaled(), Usage((("Service", values),))) == [3.5, 3.5, 5]
-
-
-def test_schedules_move_the_bounds():
-    night = [
-        at("cron(0 20 * * ? *)", MinCapacity=0, MaxCapacity=0),
-        at("cron(0 8 * * ? *)", MinCapacity=2, MaxCapacity=8),
-    ]
-    assert tasks(scaled(night)) == [1, 1, 4]
-    weekdays = [at("cron(0 8 ? * MON-FRI *)", MinCapacity=4), at("cron(0 20 ? * MON-FRI *)", MinCapacity=2)]
-    assert tasks(scaled(weekdays))[0] == pytest.approx(2 + 2 * 60 / 168)
-
-
-def test_a_schedule_that_is_not_understood_makes_no_number():
-    found = [line for line in lines(scaled([at("cron(0 8 1 * ? *)", MinCapacity=4)])) if line.resource == "Service"]
-    assert [line.status for line in found] == ["unknown"]
-    assert "not understood" in found[0].note
-
-
-def test_tasks_on_instances_are_billed_once():
-    resources = scaled()
-    resources["Service"]["Properties"]["LaunchType"] = "EC2"
-    found = [line for line in lines(resources) if line.resource == "Service"]
-    assert [line.status for line in found] == ["free"]
-    assert "billed once" in found[0].note
-
-
-def test_spot_and_on_demand_share_by_weight():
-    resources = scaled()
-    del resources["Service"]["Properties"]["LaunchType"]
-    resources["Service"]["Properties"]["CapacityProviderStrategy"] = [
-        {"CapacityProvider": "FARGATE", "Weight": 1},
-        {"CapacityProvider": "FARGATE_SPOT", "Weight": 3},
-    ]
-    found = amounts([line for line in lines(resources) if line.resource == "Service"])
-    assert found["vCPU of tasks: Fargate (x86)"][0] == pytest.approx(0.5 * 730 * 0.04048)
-    assert found["vCPU of tasks: Fargate Spot (x86)"][0] == pytest.approx(1.5 * 730 * 0.01334053)
-
-
-def test_a_blue_green_release_runs_two_fleets_while_it_bakes():
-    resources = {
-        "Config": {"Type": "AWS::SageMaker::EndpointConfig", "Properties": {"ProductionVariants": [variant(2)]}},
-        "Endpoint": {
-            "Type": "AWS::SageMaker::Endpoint",
-            "Properties": {
-                "EndpointConfigName": {"Fn::GetAtt": ["Config", "EndpointConfigName"]},
-                "DeploymentConfig": {
-                    "BlueGreenUpdatePolicy": {
-                        "TerminationWaitInSeconds": 600,
-                        "TrafficRoutingConfiguration": {"Type": "CANARY", "WaitIntervalInSeconds": 1500},
-                    }
-                },
-            },
-        },
-    }
-    report = price([stack(resources)], BOOK, Usage())
-    # two instances for twice 25 minutes and 10 more: an hour
-    assert report.total(release=True)["USD"][1] == Decimal("2.8168")
-    assert report.total()["USD"][1] == Decimal("2.8168") * 730
-
-
-def test_tiers_are_of_the_account_and_not_of_each_resource():
-    bucket = {"Type": "AWS::S3::Bucket"}
-    one_usage = Usage((("*", {"internet_gb": three("", 10240), "storage_gb": three("", 0), "put_requests": three("", 0),
-                              "get_requests": three("", 0)}),))  # fmt: skip
-    found = [
-        line.amount[1] for line in lines({"A": bucket, "B": bucket}, one_usage) if line.item.startswith("data out")
-    ]
-    # the second 10 TB are in the second tier, which both share
-    assert found == [Decimal(10240) * (Decimal("0.09") + Decimal("0.085")) / 2] * 2
 
 
 # --- resolving -------------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ FREE: dict[str, str] = {
     "AWS::AutoScaling::LaunchConfiguration": "a description of instances costs nothing; instances do",
     "AWS::AutoScaling::ScalingPolicy": _SCALES,
     "AWS::AutoScaling::LifecycleHook": _SETTING,
-    "AWS::AutoScaling::ScheduledAction": _SETTING,
+    "AWS::AutoScaling::ScheduledAction": "what it changes is priced with its group",
     "AWS::ElasticLoadBalancingV2::Listener": _WITH,
     "AWS::ElasticLoadBalancingV2::ListenerRule": "it is counted among the rules of its load balancer",
     "AWS::ElasticLoadBalancingV2::ListenerCertificate": _WITH,

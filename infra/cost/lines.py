@@ -86,6 +86,10 @@ class View:
             self.reads[f"{self._where}{name}"] = str(found)
         return found
 
+    def whole(self) -> dict[str, Any]:
+        """Return all of it, which has been resolved; what is no table is an empty one."""
+        return self._node if isinstance(self._node, dict) else {}
+
     def number(self, name: str, default: int | None = None) -> Decimal:
         """Return a property that is a number of 0 or more."""
         found = self.get(name, default)

@@ -16,6 +16,7 @@ Pricer = Callable[[Meter, "Index"], None]
 WEEK = 7 * 24
 _DAYS = {"SUN": 6, "MON": 0, "TUE": 1, "WED": 2, "THU": 3, "FRI": 4, "SAT": 5}
 # numbers of cron on AWS begin with Sunday as 1
+_UNIX = ("SUN", "MON", "TUE", "WED", "THU", "FRI", "SAT")
 _NUMBERS = {"1": 6, "2": 0, "3": 1, "4": 2, "5": 3, "6": 4, "7": 5}
 
 
@@ -110,13 +111,13 @@ def within(meter: Meter, low: list[Decimal], high: list[Decimal], what: str) -> 
     found = []
     for day, per in zip(rate[0], unit[0], strict=True):
         wanted = [(one / per).to_integral_value(ROUND_CEILING) for one in day]
-        found.append(_mean([min(max(wanted[k % 24], low[k]), high[k]) for k in range(WEEK)]))
+        found.append(mean([min(max(wanted[k % 24], low[k]), high[k]) for k in range(WEEK)]))
     return (found[0], found[1], found[2]), f"what the load of each hour wants, within the bounds of its {what}"
 
 
 def bounds(low: list[Decimal], high: list[Decimal]) -> Three:
     """Return the means of a minimum, of the same as what is expected, and of a maximum."""
-    least, most = _mean(low), _mean(high)
+    least, most = mean(low), mean(high)
     return least, least, most
 
 
@@ -134,28 +135,46 @@ def limits(target: Resource | None, initial: Decimal, of: View) -> Three:
     return found
 
 
-def _mean(values: list[Decimal]) -> Decimal:
+def mean(values: list[Decimal]) -> Decimal:
+    """Return the mean over the hours of a week."""
     return sum(values, Decimal(0)) / len(values)
 
 
 def _week(target: View) -> tuple[list[Decimal], list[Decimal]]:
     """Return minimum and maximum for each hour of a week, as schedules set them."""
     least, most = target.number("MinCapacity"), target.number("MaxCapacity")
-    changes: dict[int, tuple[Decimal | None, Decimal | None]] = {}
-    for action in target.items("ScheduledActions"):
-        bounds = action.view("ScalableTargetAction")
-        new = tuple(bounds.number(n) if bounds.get(n) is not None else None for n in ("MinCapacity", "MaxCapacity"))
-        for hour in _hours(action.text("Schedule")):
-            before = changes.get(hour, (None, None))
-            changes[hour] = (new[0] if new[0] is not None else before[0], new[1] if new[1] is not None else before[1])
+    actions = [(action, action.view("ScalableTargetAction")) for action in target.items("ScheduledActions")]
+    series = [
+        week(
+            start, [(action.text("Schedule"), new.number(name)) for action, new in actions if new.get(name) is not None]
+        )
+        for name, start in (("MinCapacity", least), ("MaxCapacity", most))
+    ]
+    for action, _ in actions:
         target.reads.update(action.reads)
-    low, high = [least] * WEEK, [most] * WEEK
+    return series[0], [max(pair) for pair in zip(*series, strict=True)]
+
+
+def week(start: Decimal, changes: Iterable[tuple[str, Decimal]]) -> list[Decimal]:
+    """Return a number for each hour of a week that schedules change.
+
+    Raises:
+        NotStatic: a schedule is not understood.
+    """
+    at = {hour: new for schedule, new in changes for hour in _hours(schedule)}
+    now, found = start, [start] * WEEK
     # twice around: what the last change of a week sets holds when the next begins
-    for hour in range(2 * WEEK if changes else 0):
-        new_least, new_most = changes.get(hour % WEEK, (None, None))
-        least, most = (least if new_least is None else new_least), (most if new_most is None else new_most)
-        low[hour % WEEK], high[hour % WEEK] = least, max(least, most)
-    return low, high
+    for hour in range(2 * WEEK if at else 0):
+        now = at.get(hour % WEEK, now)
+        found[hour % WEEK] = now
+    return found
+
+
+def recurrence(text: str) -> str:
+    """Return a schedule of EC2 Auto Scaling, which is cron of Unix with Sunday as 0 or 7, in the form of the others."""
+    minute, hour, day, month, weekday = (*text.split(), "", "", "", "", "")[:5]
+    named = re.sub(r"\d", lambda found: _UNIX[int(found[0]) % 7] if int(found[0]) < 8 else found[0], weekday)
+    return f"cron({minute} {hour} {day} {month} {named} *)"
 
 
 def _hours(schedule: str) -> list[int]:
