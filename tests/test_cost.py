@@ -211,29 +211,126 @@ def test_conditions_decide_what_is_made():
     assert [line.status for line in found] == ["free"]
 
 
-def test_exports_and_nested_stacks_are_followed(tmp_path):
+def test_exports_are_followed():
     exporter = stack(
         {}, name="dev/a", Outputs={"O": {"Value": "c5.large", "Export": {"Name": {"Fn::Sub": "${AWS::StackName}-x"}}}}
     )
     taker = stack({"It": {"Type": "AWS::EC2::Instance", "Properties": {"InstanceType": {"Fn::ImportValue": "s-x"}}}})
     assert price([taker, exporter], BOOK, Usage()).total()["USD"][1] == Decimal("62.05")
-    child = {
-        "Parameters": {"Size": {"Type": "String"}},
-        "Resources": {"It": {"Type": "AWS::EC2::Instance", "Properties": {"InstanceType": {"Ref": "Size"}}}},
-    }
-    parent = {
-        "Resources": {
-            "Nested": {
-                "Type": "AWS::CloudFormation::Stack",
-                "Properties": {"Parameters": {"Size": "c5.large"}},
-                "Metadata": {"aws:asset:path": "child.nested.template.json"},
-            }
-        }
-    }
-    (tmp_path / "child.nested.template.json").write_text(json.dumps(child))
-    (tmp_path / "parent.template.json").write_text(json.dumps(parent))
-    report = price(read_stacks(tmp_path / "parent.template.json"), BOOK, Usage())
+
+
+CHILD = {
+    "Parameters": {"Size": {"Type": "String"}},
+    "Resources": {"It": {"Type": "AWS::EC2::Instance", "Properties": {"InstanceType": {"Ref": "Size"}}}},
+    "Outputs": {"Size": {"Value": {"Ref": "Size"}}},
+}
+
+
+def nested(tmp_path, size, **more):
+    """A parent with a nested stack that is handed a size, written as the CDK does."""
+    tmp_path.mkdir(exist_ok=True)
+    (tmp_path / "child.nested.template.json").write_text(json.dumps(CHILD))
+    resource = {"Type": "AWS::CloudFormation::Stack", "Properties": {"Parameters": {"Size": size}},
+                "Metadata": {"aws:asset:path": "child.nested.template.json"}}  # fmt: skip
+    resources, sections = more.pop("resources", {}), more.pop("sections", {})
+    parent = {"Resources": {"Nested": {**resource, **more}, **{k: {**resource, **v} for k, v in resources.items()}}}
+    (tmp_path / "parent.template.json").write_text(json.dumps({**sections, **parent}))
+    return read_stacks(tmp_path / "parent.template.json")
+
+
+def test_nested_stacks_are_followed_and_belong_to_their_parent(tmp_path):
+    report = price(nested(tmp_path, "c5.large"), BOOK, Usage())
     assert report.total()["USD"][1] == Decimal("62.05")
+    instance = next(line for line in report.lines if line.resource == "It")
+    assert (instance.stack, instance.part, instance.environment) == ("parent:Nested", "parent", "")
+
+
+def test_nested_stacks_hand_values_on_in_whatever_order_they_come(tmp_path):
+    from_later = {"Fn::GetAtt": ["Later", "Outputs.Size"]}
+    later = {"Later": {"Properties": {"Parameters": {"Size": "c5.large"}}}}
+    report = price(nested(tmp_path, from_later, resources=later), BOOK, Usage())
+    assert report.total()["USD"][1] == 2 * Decimal("62.05")
+    circle = {"Later": {"Properties": {"Parameters": {"Size": {"Fn::GetAtt": ["Nested", "Outputs.Size"]}}}}}
+    found = price(nested(tmp_path, from_later, resources=circle), BOOK, Usage())
+    assert found.total() == {}
+    assert any("circle" in line.note for line in found.lines)
+
+
+def test_a_nested_stack_is_not_priced_where_it_is_not_made_or_not_known(tmp_path):
+    never = {"Conditions": {"No": {"Fn::Equals": ["a", "b"]}}}
+    report = price(nested(tmp_path / "a", "c5.large", sections=never, Condition="No"), BOOK, Usage())
+    assert [line.status for line in report.lines] == ["free"]
+    doubt = {"Conditions": {"No": {"Fn::Equals": [{"Fn::GetAZs": ""}, "b"]}}}
+    report = price(nested(tmp_path / "b", "c5.large", sections=doubt, Condition="No"), BOOK, Usage())
+    assert {line.status for line in report.lines} == {"unknown"}
+    (tmp_path / "b" / "child.nested.template.json").unlink()
+    [line] = price(read_stacks(tmp_path / "b" / "parent.template.json"), BOOK, Usage()).lines
+    assert line.status == "unknown"
+    [line] = one("AWS::CloudFormation::Stack", {"TemplateURL": "https://example.com/t.json"})
+    assert (line.status, line.amount) == ("unknown", None)
+    assert "not among those read" in line.note
+
+
+def test_loops_are_unrolled_as_far_as_they_are_static():
+    body = {"Nat${Zone}": {"Type": "AWS::EC2::NatGateway"},
+            "Box${Zone}": {"Type": "AWS::EC2::Instance", "Properties": {"InstanceType": {"Ref": "Zone"}}}}  # fmt: skip
+    loop = {"Fn::ForEach::Zones": ["Zone", ["c5.large", "c5.xlarge"], body]}
+    found = lines(loop, Transform="AWS::LanguageExtensions")
+    assert {line.resource for line in found} == {"Natc5.large", "Natc5.xlarge", "Boxc5.large", "Boxc5.xlarge"}
+    assert sum(line.amount[1] for line in found if line.amount) == pytest.approx(Decimal("62.05") * 3 + Decimal("65.7"))
+    inner = {
+        "Fn::ForEach::In": ["Kind", {"Ref": "Kinds"}, {"Nat${Zone}${Kind}&{Kind}": {"Type": "AWS::EC2::NatGateway"}}]
+    }
+    twice = {"Fn::ForEach::Out": ["Zone", ["a", "b"], inner]}
+    kinds = {"Kinds": {"Type": "CommaDelimitedList", "Default": "x, y-"}}
+    found = lines(twice, Transform=["AWS::LanguageExtensions"], Parameters=kinds)
+    assert {line.resource for line in found} == {"Natay-y", "Natbxx", "Nataxx", "Natby-y"}
+
+
+@pytest.mark.parametrize(
+    ("loop", "more"),
+    [
+        (["Zone", {"Fn::GetAZs": ""}, {}], {"Transform": "AWS::LanguageExtensions"}),
+        (["Zone", [{}], {}], {"Transform": "AWS::LanguageExtensions"}),
+        (["Zone"], {"Transform": "AWS::LanguageExtensions"}),
+        ("Zone", {"Transform": ["AWS::LanguageExtensions"]}),
+        (["Zone", ["a"], {"Nat${Zone}": {"Type": "AWS::EC2::NatGateway"}}], {}),
+    ],
+)
+def test_a_loop_that_is_not_static_or_not_allowed_is_unknown(loop, more):
+    [line] = lines({"Fn::ForEach::Zones": loop}, **more)
+    assert (line.status, line.amount) == ("unknown", None)
+    assert "is not static" in line.note
+
+
+def test_a_bomb_of_loops_is_refused():
+    body = {"R${A}${B}${C}${D}${E}${F}${G}": {"Type": "AWS::EC2::NatGateway"}}
+    for name in "ABCDEFG":
+        body = {f"Fn::ForEach::{name}": [name, [str(k) for k in range(10)], body]}
+    with pytest.raises(ShipyardError, match="20,000 rounds"):
+        lines(body, Transform="AWS::LanguageExtensions")
+
+
+def test_a_transform_that_rewrites_the_template_is_a_line_under_unknown():
+    nat = {"Nat": {"Type": "AWS::EC2::NatGateway"}}
+    found = lines(nat, Transform=["AWS::LanguageExtensions", "Company-Macro", {"Name": "AWS::Include"}])
+    assert [line.resource for line in found if line.status == "unknown"] == ["AWS::Include", "Company-Macro"]
+    [line] = lines({"Fn::Transform": {"Name": "Company-Macro"}})
+    assert line.status == "unknown"
+
+
+def test_a_long_chain_of_imports_ends():
+    many = [
+        stack(
+            {},
+            name=f"dev/s{k}",
+            Outputs={"O": {"Export": {"Name": f"x{k}"}, "Value": {"Fn::ImportValue": f"x{k + 1}"}}},
+        )
+        for k in range(400)
+    ]
+    size = {"InstanceType": {"Fn::ImportValue": "x0"}}
+    found = price([*many, stack({"It": {"Type": "AWS::EC2::Instance", "Properties": size}})], BOOK, Usage())
+    assert [line.status for line in found.lines] == ["unknown"]
 
 
 def test_yaml_with_short_forms_is_read(tmp_path):

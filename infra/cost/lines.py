@@ -53,7 +53,7 @@ class Line:
 
 def part_of(stack: str) -> str:
     """Return a stack's name within its stage, as `gpu` of `dev/gpu`; of a nested stack that of its root."""
-    return stack.split("/")[1] if "/" in stack else stack
+    return (stack.split("/")[1] if "/" in stack else stack).partition(":")[0]
 
 
 class NotStatic(Exception):
