@@ -533,7 +533,7 @@ def everything():
         "Function": {"Type": "AWS::Lambda::Function", "Properties": {"MemorySize": 1024}},
         "Config": {"Type": "AWS::SageMaker::EndpointConfig", "Properties": {"ProductionVariants": [variant()]}},
         "Deployment": {"Type": "AWS::GreengrassV2::Deployment", "Properties": {"TargetArn": "g"}},
-        "Balancer": {"Type": "AWS::ElasticLoadBalancingV2::LoadBalancer", "Properties": {}},
+        "Balancer": {"Type": "AWS::ElasticLoadBalancingV2::LoadBalancer", "Properties": {"Subnets": ["a", "b"]}},
         "Strange": {"Type": "AWS::Quantum::Computer"},
         **scaled(),
     }

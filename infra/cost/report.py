@@ -92,9 +92,9 @@ class Report:
 
     @property
     def resources(self) -> dict[str, int]:
-        """Count resources: priced, by usage that is not given, free, unknown."""
+        """Count resources: free, priced, but for usage that is not given, and those of which something is unknown."""
         found: dict[tuple[str, str], str] = {}
-        order = ("free", "usage", "priced", "unknown")
+        order = ("free", "priced", "usage", "unknown")
         for line in self.lines:
             what = {"fixed": "priced", "free": "free", "unknown": "unknown"}.get(
                 line.status, "usage" if line.amount is None else "priced"
