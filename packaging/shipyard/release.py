@@ -374,7 +374,9 @@ def _body(line: Line, artifacts: Mapping[str, Mapping[str, Any]]) -> dict[str, A
     sources, libraries = closure(
         ("shipyard.release", "shipyard.rerank", *(f"shipyard.{verb}" for verb in VERBS), *line._models)
     )
-    machine = importlib.import_module("serve.engine").machine()  # not at the top: the runtime takes half of a verb's start
+    machine = importlib.import_module(
+        "serve.engine"
+    ).machine()  # not at the top: the runtime takes half of a verb's start
     return {
         "profile": line.profile_name,
         "source": {
