@@ -95,6 +95,11 @@ def _stacks(path: Path, chosen: argparse.Namespace) -> list[Stack]:
     if wrong := [name for name, equals, _ in pairs if not (name and equals)]:
         raise ShipyardError("--parameter: not NAME=VALUE", value=wrong[0])
     stacks = read_stacks(path, region=chosen.region, parameters={name: value for name, _, value in pairs})
+    declared = {str(name) for stack in stacks for name in stack.declared}
+    for name, _, _ in pairs:
+        if name not in declared:
+            allowed = ", ".join(sorted(declared)) or "none: the templates have no parameters"
+            raise ShipyardError("--parameter: no template has it", value=name, allowed=allowed)
     wanted = [name for name in chosen.env.split(",") if name]
     known = {stack.name.partition("/")[0] for stack in stacks}
     for name in wanted:
