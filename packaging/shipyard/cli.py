@@ -12,10 +12,12 @@ from pathlib import Path
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
+from models.approval import check_withdrawn
 from models.config import Fleet, load_fleet
 from models.release import Release, Signer, read_release
 from serve.errors import ShipyardError
 from serve.trust import MANIFEST, load_keys
+from shipyard import delivery
 from shipyard.console import Reporter, print_release, print_stage, release_markdown
 from shipyard.diff import diff, lines, same
 from shipyard.gc import referring, unused
@@ -128,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
     add("report", sizes, more=" Runs the stages before it as far as they are not done.")
     comparing = add("compare", sizes, more=" Each method is a stage in a process of its own.")
     comparing.add_argument("--methods", default="lora,adalora,full", help="with commas between (default: all three)")
-    for verb, text in REVIEW.items():  # parsed where they are run
+    for verb, text in (REVIEW | delivery.VERBS).items():  # parsed where they are run
         verbs.add_parser(verb, help=text, add_help=False)
     publishing = add("publish")
     publishing.add_argument("version", help="version of a release in build/releases/, e.g. 0.1.0-g0123456789ab")
@@ -185,6 +187,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if given and given[0] in REVIEW:
             return int(importlib.import_module("infra.cost.command").main(given))
+        if given and given[0] in delivery.VERBS:
+            return delivery.main(given, delivery.Surroundings(_home(), os.environ, _synth_release))
         return _run(parser().parse_args(given), Reporter())
     except ShipyardError as fault:
         print(f"error: {fault}", file=sys.stderr)
@@ -211,6 +215,7 @@ def _run(chosen: argparse.Namespace, reporter: Reporter) -> int:
     if chosen.verb == "upload":
         oldest = 0 if chosen.allow_older else fleet.project.minimum_sequence
         found = _read(root / "releases" / f"{chosen.version}.json", oldest)
+        check_withdrawn(root / "releases" / f"{chosen.version}.json")
         store = open_store(chosen.to, kms_key=chosen.kms_key, owner=chosen.owner)
         sent = upload_release(found, build / "store", store, reporter.progress)
         print(json.dumps({"version": found.version, "bytes_sent": sent}))
@@ -283,8 +288,7 @@ def _make(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, rep
         if chosen.json or not print_stage(chosen.verb, said):
             print(json.dumps(said, ensure_ascii=False, indent=None if chosen.json else 2))
         return 0
-    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    key_file = home / "shipyard" / "signing.pem"
+    key_file = _home() / "signing.pem"
     if not key_file.exists() and chosen.key is None:
         reporter.line(f"makes    a signing key, {key_file}")
     # read before hours of training, not after
@@ -394,7 +398,8 @@ def _synth(
     if env:
         command += ["--context", f"env={env}"]
     if release is not None:
-        command += ["--context", f"release={release.resolve()}"]
+        # to look at: what is deployed is named in fleet.toml, and approved
+        command += ["--context", f"release={release.resolve()}", "--context", "unapproved=true"]
     # no credentials and no region of the caller may reach a template
     surroundings = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "CDK_"))}
     # the CDK's own validator more than doubles the time of a synth
@@ -410,12 +415,22 @@ def _synth(
     reporter.line(f"synthesized {out}")
 
 
+def _synth_release(fleet: Path, out: Path, reporter: Reporter, env: str, release: Path) -> None:
+    """Synthesize one environment with one release."""
+    _synth(fleet, out, reporter, env=env, release=release)
+
+
 def _print(found: Release, as_json: bool) -> int:
     if as_json:
         print(found.model_dump_json(by_alias=True, exclude_unset=True))
     else:
         print_release(found)
     return 0
+
+
+def _home() -> Path:
+    """Return the folder of the user's own keys."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "shipyard"
 
 
 def _lock(build: Path) -> AcquireReturnProxy[FileLock]:
