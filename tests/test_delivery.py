@@ -36,7 +36,7 @@ from shipyard.register import LOCK, Lost, lock, open_register
 from tests.test_infra import recommend, search
 from tests.test_trust import interval, sample_body
 
-ACCOUNT = "123456789012"
+ACCOUNT = "111111111111"
 AT = "2030-01-31T12:00:00Z"
 
 
@@ -87,6 +87,10 @@ class Project:
         toml = re.sub(r"(?m)^approval = false.*\n", "", toml)
         self.fleet_file.write_text(toml)
         self.pin("dev", self.second)
+
+    @property
+    def keys(self):
+        return load_keys(self.releases / "keys")
 
     @property
     def fleet(self):
@@ -392,7 +396,7 @@ def test_a_promotion_copies_every_byte_records_it_and_changes_one_line(project, 
     after = project.fleet_file.read_text().splitlines()
     [(old, new)] = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
     assert (project.first.version in old, project.second.version in new) == (True, True)
-    [record] = read_promotions(project.releases / "promotions" / "staging", load_keys(project.releases / "keys"))
+    [record] = read_promotions(project.releases / "promotions" / "staging", project.keys)
     assert (record.source, record.release, record.replaces) == ("dev", project.second.version, project.first.version)
     assert (record.by, record.sha256, record.number) == ("pipeline", release_digest(project.second), 1)
     assert told["bytes_sent"] == sum(a.bytes for a in project.second.artifacts) and told["changed"]
@@ -422,7 +426,7 @@ def test_a_promotion_without_an_approval_is_refused(project, aws, capsys):
     project.approve(project.first)
     assert project.run("promote", "dev", "staging", "--release", project.first.version) == 0
     assert project.run("promote", "staging", "prod") == 0
-    [record] = read_promotions(project.releases / "promotions" / "prod", load_keys(project.releases / "keys"))
+    [record] = read_promotions(project.releases / "promotions" / "prod", project.keys)
     assert record.approval == digest(project.require(project.first))
 
 
@@ -518,7 +522,7 @@ def test_a_rollback_goes_to_the_release_before_and_stays_there(promoted, capsys)
     for _ in range(2):
         assert promoted.run("rollback", "staging") == 0
         assert promoted.names("staging") == (promoted.first.version, promoted.first.version)
-    records = read_promotions(promoted.releases / "promotions" / "staging", load_keys(promoted.releases / "keys"))
+    records = read_promotions(promoted.releases / "promotions" / "staging", promoted.keys)
     assert [(one.source, one.release) for one in records] == [
         ("dev", promoted.first.version), ("dev", promoted.second.version), (None, promoted.first.version),
     ]  # fmt: skip

@@ -26,6 +26,7 @@ from shipyard.publish import publish
 from shipyard.release import VERBS, Line, release
 from shipyard.stage import Record, Stage
 from shipyard.upload import open_store, upload_release
+from shipyard.verbs import VERBS as DELIVERY
 from shipyard.verify import verify_bundle, verify_store
 
 ABOUT = """\
@@ -130,7 +131,7 @@ def parser() -> argparse.ArgumentParser:
     add("report", sizes, more=" Runs the stages before it as far as they are not done.")
     comparing = add("compare", sizes, more=" Each method is a stage in a process of its own.")
     comparing.add_argument("--methods", default="lora,adalora,full", help="with commas between (default: all three)")
-    for verb, text in (REVIEW | delivery.VERBS).items():  # parsed where they are run
+    for verb, text in (REVIEW | DELIVERY).items():  # parsed where they are run
         verbs.add_parser(verb, help=text, add_help=False)
     publishing = add("publish")
     publishing.add_argument("version", help="version of a release in build/releases/, e.g. 0.1.0-g0123456789ab")
@@ -187,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if given and given[0] in REVIEW:
             return int(importlib.import_module("infra.cost.command").main(given))
-        if given and given[0] in delivery.VERBS:
+        if given and given[0] in DELIVERY:
             return delivery.main(given, delivery.Surroundings(_home(), os.environ, _synth_release))
         return _run(parser().parse_args(given), Reporter())
     except ShipyardError as fault:

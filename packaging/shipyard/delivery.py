@@ -1,10 +1,11 @@
-"""The verbs of delivery, from an approval to what is live: parse, open what they need, print what they found."""
+"""The verbs of delivery: open what they need, do it, print what they found. Their grammar is shipyard.verbs."""
 
 import argparse
 import importlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
@@ -29,75 +30,12 @@ from serve.files import read_json
 from serve.trust import key_id
 from shipyard.console import Reporter
 from shipyard.keys import open_key
+from shipyard.sequential import Arm, judge
 from shipyard.stage import write
+from shipyard.verbs import parser
 
-VERBS = {
-    "approve": "sign that a release may run in an environment, into releases/approvals/",
-    "promote": "copy an environment's release to another one, record it, and name it in fleet.toml",
-    "rollback": "go back to the release before the last promotion, record it, and name it in fleet.toml",
-    "rollout": "deploy an environment's release to all targets in turn, and return all where one fails",
-    "status": "tell what is live in an environment against what its release says",
-}
-
-MORE = {
-    "approve": "The gates of fleet.toml are held against the release's figures first, and written into the approval. "
-    "The key must be one of releases/keys/approvers/, and none that signs releases.",
-    "promote": "Objects are copied by way of this machine, each held to its digest; what is there is not sent again. "
-    "Two at once: one wins, the other is told. The same command twice, or after a kill, goes on where it stopped.",
-    "rollback": "Nothing is copied: what the bucket holds of the release is read and compared. Deploy afterwards, as after "
-    "a promotion.",
-    "rollout": "GPU, CPU, gateway, edge, then what else there is; each is held against what is live before the next. "
-    "Where one fails, all return to the last good release. A run that was killed goes on by the same command, or returns "
-    "by --return.",
-    "status": "Asks SageMaker, ECS and Greengrass, and the last recorded promotion. Ends with 3 where they differ.",
-}
-
-EXIT = "exit codes: 0 done; 1 an error, told in one line; 2 wrong usage; 3 what is live is not the release (status)"
-
-
-def parser() -> argparse.ArgumentParser:
-    """Return the grammar of the verbs of delivery."""
-    top = argparse.ArgumentParser(prog="shipyard")
-    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-
-    def add(verb: str, *, signs: bool = False) -> argparse.ArgumentParser:
-        words = f"{VERBS[verb][0].upper()}{VERBS[verb][1:]}. {MORE[verb]}"
-        one = verbs.add_parser(verb, help=VERBS[verb], description=words, epilog=EXIT)
-        one.add_argument("--fleet", type=Path, default=Path("fleet.toml"), help="configuration (default: ./fleet.toml)")
-        one.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
-        if signs:
-            one.add_argument("--by", metavar="WHO", help="who asks for it, as it is recorded (default: the key's id)")
-            one.add_argument(
-                "--dry-run", action="store_true", help="check all, tell what would be done, change nothing"
-            )
-        return one
-
-    approving = add("approve", signs=True)
-    approving.add_argument("version", help="version of a release in releases/, e.g. 0.1.0-g0123456789ab")
-    approving.add_argument("env", help="the environment of fleet.toml that it may run in")
-    approving.add_argument("--key", metavar="KEY", help="private key in PEM, or kms:KEY for one in AWS KMS (default: "
-                           "$XDG_CONFIG_HOME/shipyard/approving.pem, or ~/.config, made on first use)")  # fmt: skip
-    promoting = add("promote", signs=True)
-    promoting.add_argument("source", metavar="FROM", help="the environment whose release is taken")
-    promoting.add_argument("env", metavar="TO", help="the environment that gets it")
-    promoting.add_argument("--release", metavar="VERSION", help="another release, which FROM's bucket holds")
-    returning = add("rollback", signs=True)
-    returning.add_argument("env", help="an environment of fleet.toml")
-    returning.add_argument("--to", metavar="VERSION", help="the release to go back to")
-    for one in (promoting, returning):
-        one.add_argument("--key", metavar="KEY", help="private key of a release signer (default: signing.pem there)")
-        one.add_argument("--allow-older", action="store_true",
-                         help="also a release older than what runs, or before project.minimum_sequence")  # fmt: skip
-    rolling = add("rollout")
-    rolling.add_argument("env", help="an environment of fleet.toml")
-    rolling.add_argument("--good", metavar="VERSION", help="the release to return to (default: that of the last rollout, or "
-                         "what the last promotion replaced)")  # fmt: skip
-    rolling.add_argument("--return", dest="give_up", action="store_true", help="return an unfinished rollout")
-    rolling.add_argument("--by", metavar="WHO", default="shipyard rollout", help="who rolls out, as it is recorded")
-    rolling.add_argument("--wait", type=float, default=1800.0, help="seconds for a target to be ready (default: 1800)")
-    looking = add("status")
-    looking.add_argument("env", help="an environment of fleet.toml")
-    return top
+KINDS = ("click", "cart", "purchase")
+"""Kinds of feedback, as serve.feedback has them; that module speaks to AWS."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +57,8 @@ def main(given: Sequence[str], around: Surroundings) -> int:
         ShipyardError: it cannot be done.
     """
     chosen = parser().parse_args(given)
+    if chosen.verb == "challenge":
+        return challenge(chosen)
     fleet = load_fleet(chosen.fleet)
     for name in (chosen.env, getattr(chosen, "source", chosen.env)):
         if name not in fleet.env:
@@ -184,6 +124,30 @@ def rollback(chosen: argparse.Namespace, fleet: Fleet, home: Path, reporter: Rep
     """Roll an environment back."""
     module, desk = _desk(chosen, fleet, home, reporter)
     return module.rollback(desk, chosen.env, chosen.to, open_store(fleet, chosen.env), open_register(fleet, chosen.env))
+
+
+def challenge(chosen: argparse.Namespace) -> int:
+    """Judge a challenger; return the exit code.
+
+    Raises:
+        ShipyardError: counts or numbers that cannot be, or traffic that was not split as intended.
+    """
+    given = (chosen.champion, chosen.challenger)
+    counts = [re.fullmatch(r"(\d+)/(\d+)", text) for text in given]
+    if all(counts):
+        arms = tuple(Arm(int(found[2]), int(found[1])) for found in counts if found)
+    else:
+        kinds = tuple(chosen.kinds.split(","))
+        if unknown := sorted(set(kinds) - set(KINDS)):
+            raise ShipyardError("--kinds: no such feedback", value=", ".join(unknown), allowed=", ".join(KINDS))
+        arms = load("shipyard.challenge").count(*map(Path, given), kinds, chosen.settle)
+    found = judge(
+        *arms, alpha=chosen.alpha, expected=chosen.expect, least=chosen.least, most=chosen.most, share=chosen.share
+    )
+    told = {"champion": asdict(arms[0]), "challenger": asdict(arms[1]), **asdict(found)}
+    line = f"{found.decision}: {found.difference:+.4f} [{found.low:+.4f}, {found.high:+.4f}], {found.why}"
+    print(json.dumps(told) if chosen.json else line)
+    return {"promote": 0, "stop": 3, "go on": 4}[found.decision] if chosen.exit_code else 0
 
 
 def _desk(chosen: argparse.Namespace, fleet: Fleet, home: Path, reporter: Reporter) -> tuple[ModuleType, Any]:
