@@ -6,8 +6,10 @@ import boto3
 import pytest
 from greengrass_endpoint import Endpoint
 
+from models.release import read_release
+from serve.errors import ShipyardError
 from serve.greengrass.protocol import SHADOW
-from shipyard import live, operate, rollout
+from shipyard import delivery, live, operate, rollout
 from shipyard.lock import component, edge_artifacts
 from tests.test_delivery import ACCOUNT, aws, project  # noqa: F401 -- fixtures
 from tests.test_infra import edge, gateway, recommend, search
@@ -204,7 +206,7 @@ def test_a_promotion_that_fleet_toml_does_not_name_is_seen(place):
 
 @pytest.fixture
 def rolling(place, monkeypatch):
-    """A release after the one that is live, and instead of the CDK CLI what does in the local cloud what its stacks would."""
+    """A release after the one that is live, and in the CDK CLI's place what does in the local cloud what stacks would."""
     owner, brought, fails = place.project, [], []
     edges = [edge(kind, ComponentVersion="0.5.0") for kind in ("model", "runtime")]
     following = owner.release(5, parts=(search(), *edges))
@@ -221,7 +223,7 @@ def rolling(place, monkeypatch):
                 place.gpu(found)
             if pattern in (f"{ENV}/edge", f"{ENV}/*"):
                 place.edge(found, "canary", "fleet")
-            if (brought[-1]) in fails:
+            if (pattern.removeprefix(f"{ENV}/"), version) in fails:
                 raise ShipyardError("the stack was taken back")
 
         return deploy
