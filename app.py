@@ -25,7 +25,7 @@ from infra.rules import check_templates
 from infra.storage import StorageStack
 from infra.template import placeholders
 from models.config import Fleet, load_fleet
-from models.release import Release, ShipyardError, load_keys, read_release, trusted_key
+from models.release import Release, ShipyardError, check_papers, load_keys, read_release, trusted_key
 
 ROOT = Path(__file__).resolve().parent
 SLOW_MS = 500  # of an environment that nobody watches
@@ -96,6 +96,7 @@ def build(app: cdk.App, root: Path) -> None:
         keys = load_keys(root / keys_path if keys_path else path.parent / "keys")
         oldest = 0 if app.node.try_get_context("allow-older") == "true" else fleet.project.minimum_sequence
         release = read_release(path, keys, oldest)
+        check_papers(path, release.papers)
         shadow = None
         if env.gpu.shadow is not None:
             _check_there(name, shadow_path := path.parent / f"{env.gpu.shadow}.json")
