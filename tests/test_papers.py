@@ -21,11 +21,12 @@ from cryptography.hazmat.primitives.asymmetric.utils import Prehashed, encode_ds
 from cryptography.hazmat.primitives.hashes import SHA256
 from securesystemslib.dsse import Envelope
 
-from models.config import load_fleet
+from models.config import Base, load_fleet
 from models.release import Release, Signer, check_papers, dump, json_schema, read_release, sign, version_of
 from serve.errors import ShipyardError
 from serve.trust import Keys, Revoked, key_id, load_keys
-from shipyard import bom, provenance
+from shipyard import bom, ingredients, provenance
+from shipyard.card import card
 from shipyard.cli import main
 from shipyard.gates import judged, judged_forms
 from shipyard.keys import write_public
@@ -396,6 +397,13 @@ def test_the_command_line_prints_and_verifies_papers(made: Papered, capsys: pyte
     assert capsys.readouterr().out.encode() == made.papers[CARD]
     assert main(["verify", str(made.path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["papers"] == 4
+    assert main(["inspect", str(made.path)]) == 0
+    told = capsys.readouterr().out
+    gates = len(made.release.gates)
+    assert (
+        f"commit {COMMIT}, replaces 0.1.0-g000000000000, {gates} of {gates} gates passed, papers: bom.cdx.json, "
+        in told
+    )
 
 
 def test_the_command_line_refuses_in_one_line(
@@ -458,6 +466,33 @@ def test_a_bill_of_another_form_is_refused(made: Papered) -> None:
     document["components"][0]["type"] = "surprise"
     with pytest.raises(ShipyardError, match="bill of materials: components/0/type"):
         bom.check_bill(json.dumps(document))
+
+
+def test_what_nobody_tells_the_licence_of_is_said_to_be_unknown(made: Papered, tmp_path: Path) -> None:
+    own = FLEET.model_copy(update={
+        "data": FLEET.data.model_copy(update={"source": "files", "folder": "x"}),
+        "base": Base(hub="owner/name", revision="0" * 40),
+    })  # fmt: skip
+    found = {"data": ingredients.data(own), "base": ingredients.base_model(own, tmp_path)}
+    assert found["data"] == ingredients.Ingredient("files", "", None, None)
+    assert found["base"].purl == f"pkg:huggingface/owner/name@{'0' * 40}"
+    text = card(FLEET.project.name, "v", made.body, figures(made.body), found, ())
+    assert "Data `files`: not told; ask who gave it" in text
+    assert "\nlicense:" not in text
+    (tmp_path / "README.md").write_text("---\nlanguage: en\nlicense: mit\n---\nlicense: other\n")
+    assert ingredients.base_model(own, tmp_path).licence == "mit"
+
+
+@pytest.mark.parametrize(
+    ("package", "expected"),
+    [
+        ("numpy", "BSD-3-Clause AND 0BSD AND MIT AND Zlib AND CC0-1.0"),
+        ("awscrt", "Apache-2.0"),
+        ("no-such-package", None),
+    ],
+)
+def test_licences_are_what_packages_say(package: str, expected: str | None) -> None:
+    assert ingredients.licence(package) == expected
 
 
 def test_the_card_tells_uses_data_figures_slices_limits_and_licences(made: Papered) -> None:

@@ -156,7 +156,8 @@ def _licences(ingredients: Mapping[str, Ingredient]) -> Iterator[str]:
     yield from ("## Licences", "")
     for kind, words in (("base", "Base model"), ("data", "Data")):
         found = ingredients[kind]
-        yield f"- {words} `{found.name}` {found.version}: {found.licence or 'not told; ask who gave it'}"
+        name = f"`{found.name}` {found.version}".rstrip()
+        yield f"- {words} {name}: {found.licence or 'not told; ask who gave it'}"
     yield from ("- Packages: `bom.cdx.json` beside this card", "")
 
 

@@ -235,7 +235,9 @@ def _run(chosen: argparse.Namespace, reporter: Reporter) -> int:
         return _print(found, chosen.json)
     if chosen.verb == "upload":
         oldest = 0 if chosen.allow_older else fleet.project.minimum_sequence
-        found = _read(root / "releases" / f"{chosen.version}.json", oldest)
+        path = root / "releases" / f"{chosen.version}.json"
+        found = _read(path, oldest)
+        verify_papers(path, found, load_keys(path.parent / "keys"))
         store = open_store(chosen.to, kms_key=chosen.kms_key, owner=chosen.owner)
         sent = upload_release(found, build / "store", store, reporter.progress)
         print(json.dumps({"version": found.version, "bytes_sent": sent}))

@@ -50,11 +50,13 @@ def locked(lock: Path | None) -> dict[str, str]:
 
     A build of the same version for another machine ("2.13.0+cpu") stands for it.
     """
-    installed = {canonicalize_name(d.metadata["Name"]): d.version for d in importlib.metadata.distributions()}
+    installed: dict[str, str] = {
+        canonicalize_name(found.metadata["Name"]): found.version for found in importlib.metadata.distributions()
+    }
     if lock is None:
         return installed
     pins = dict(line.split("==") for line in lock.read_text(encoding="utf-8").split())
-    found = {}
+    found: dict[str, str] = {}
     for name, version in ((canonicalize_name(name), version) for name, version in pins.items()):
         here = installed.get(name, version)
         found[name] = here if here.partition("+")[0] == version else version
@@ -64,16 +66,17 @@ def locked(lock: Path | None) -> dict[str, str]:
 def licence(package: str) -> str | None:
     """Return what an installed package says its licence is: an SPDX expression, or words; None where it says nothing."""
     try:
-        told = importlib.metadata.metadata(package)
+        metadata = importlib.metadata.metadata(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+    told = {field: metadata[field] for field in set(metadata)}
     if expression := told.get("License-Expression"):
-        return str(expression)
+        return expression
     short = (told.get("License") or "").strip()
     # some write the whole text there
     if short and "\n" not in short and len(short) <= 80 and short != "UNKNOWN":
         return short
-    classes = [c.rpartition(" :: ")[2] for c in told.get_all("Classifier") or [] if c.startswith("License :: ")]
+    classes = [c.rpartition(" :: ")[2] for c in metadata.get_all("Classifier") or [] if c.startswith("License :: ")]
     return " or ".join(sorted(classes)) or None
 
 
