@@ -57,7 +57,8 @@ bench-artifacts: setup ## time and memory of each stage, archives and uploads, o
 deploy-local: setup ## make a release, then deploy, update, roll back and destroy dev on this machine (PROFILE=quick)
 	$(SHIPYARD) deploy-local --profile $(PROFILE)
 
-docs: setup ## write docs/stacks.md, the diagram and tables of all stacks, from their templates
+docs: setup ## write docs/stacks.md, the diagram and tables of all stacks, and docs/release.schema.json, from the code
+	$(BIN)/python -c 'from models.release import json_schema; print(json_schema(), end="")' > docs/release.schema.json
 	SHIPYARD_UPDATE_DOCS=1 $(BIN)/python -m pytest --quiet tests/test_stacks.py
 
 test: setup lint ## all tests, on a small profile of the real data
