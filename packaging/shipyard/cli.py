@@ -26,7 +26,7 @@ from shipyard.keys import open_key
 from shipyard.origin import BUILDER, find_origin
 from shipyard.papers import BOM, CARD, FIGURES, read_paper, verify_papers
 from shipyard.publish import publish
-from shipyard.release import VERBS, Line, release
+from shipyard.release import VERBS, Line, base_folder, release
 from shipyard.stage import Record, Stage
 from shipyard.upload import open_store, upload_release
 from shipyard.verbs import VERBS as DELIVERY
@@ -53,7 +53,7 @@ examples:
   shipyard diff releases/A.json releases/B.json
                                         what a promotion from A to B changes
 
-exit codes: 0 done; 1 an error, told in one line; 2 wrong usage; 130 interrupted
+exit codes: 0 done; 1 an error, told in one line; 2 wrong usage; 3 drift beyond its limit; 130 interrupted
 """
 
 HELP = {
@@ -81,6 +81,7 @@ HELP = {
     "gc": "list, or delete, what lies in a store and no release refers to",
     "up": "serve a local release on this machine: every runtime and the gateway, on loopback",
     "down": "end what up has started",
+    "drift": "compare what the gateway has written with its release: requests, scores, calibration",
     "collect": "make training data of what the gateway has written",
     "bench": "measure the CPU server beside others on one bundle",
 }
@@ -199,8 +200,20 @@ def parser() -> argparse.ArgumentParser:
     add("down")
     measuring = add("bench", sizes, more=" Wants two cores, and nothing else that runs on them.")
     measuring.add_argument("--unit", default="recommend", help="sub-model of the cpu target (default: recommend)")
-    measuring.add_argument("--peers", default="fastapi,litserve,bentoml", help="with commas between (default: all)")
-    measuring.add_argument("--seconds", type=float, default=10, help="of each measurement (default: 10)")
+    measuring.add_argument(
+        "--peers", default="fastapi,litserve,bentoml,mlserver", help="with commas between (default: all)"
+    )
+    measuring.add_argument("--seconds", type=float, default=2, help="of each measurement (default: 2)")
+    measuring.add_argument("--rounds", type=int, default=5, help="turns of all servers (default: 5)")
+    drifting = add("drift", more=" Ends with 3 where a measure is beyond its limit: docs/drift.md.")
+    drifting.add_argument("journal", type=Path, help="folder of the gateway's --feedback, or a copy of its stream")
+    drifting.add_argument("--release", type=Path, help="a release file whose gateway's bundle lies in the build folder "
+                          "(default: the newest of build/releases/)")  # fmt: skip
+    drifting.add_argument("--against", type=Path, metavar="JOURNAL", help="another journal to compare with, no release")
+    drifting.add_argument("--psi", type=float, default=0.25, help="limit of a measure's shift (default: 0.25)")
+    drifting.add_argument("--calibration", type=float, default=0.25, help="limit of its error (default: 0.25)")
+    drifting.add_argument("--taken", default="purchase", help="feedback that counts as taken, e.g. click,cart,purchase "
+                          "(default: purchase, as in the release's own reference)")  # fmt: skip
     gathering = add("collect", more=" Writes events.parquet and searches.parquet in the schema of docs/data.md.")
     gathering.add_argument("journal", type=Path, help="folder of the gateway's --feedback, or a copy of its stream")
     gathering.add_argument("--out", type=Path, required=True, help="folder to write to")
@@ -253,15 +266,10 @@ def _run(chosen: argparse.Namespace, reporter: Reporter) -> int:
     if chosen.verb == "collect":
         print(json.dumps(importlib.import_module("shipyard.collect").collect(chosen.journal, chosen.out)))
         return 0
+    if chosen.verb == "drift":
+        return _drift(chosen, build)
     if chosen.verb == "bench":
-        module = importlib.import_module("shipyard.bench")
-        names = [name for name in chosen.peers.split(",") if name]
-        bundle = build / chosen.profile / chosen.unit / "bundle" / "bundle"
-        if not bundle.is_dir():
-            raise ShipyardError(f"{bundle}: no bundle", mend=f"shipyard release --profile {chosen.profile}")
-        pins = root / "constraints.txt"
-        print(module.markdown(module.bench(bundle, names, chosen.seconds, build / "bench", pins, reporter.progress)))
-        return 0
+        return _bench(chosen, fleet, root, build, reporter)
     if chosen.verb in ("up", "down"):
         return _serve(chosen, build, reporter)
     if chosen.verb in ("edge", "register"):
@@ -434,16 +442,49 @@ def _serve(chosen: argparse.Namespace, build: Path, reporter: Reporter) -> int:
     if chosen.verb == "down":
         print(json.dumps({"ended": module.down(build)}))
         return 0
-    made = sorted((build / "releases").glob("*.json"), key=lambda path: path.stat().st_mtime)
-    if chosen.release is None and not made:
-        raise ShipyardError(f"{build / 'releases'}: no release", mend="shipyard release")
-    path = chosen.release or made[-1]
+    path = chosen.release or _newest(build)
     keys = load_keys(path.parent / "keys")
     state = module.up(_read(path), keys, build, chosen.port)
     for member in state["members"]:
         reporter.line(f"serves   {member['name']} at {member['url']}, process {member['pid']}")
     print(json.dumps(state) if chosen.json else f"open {state['members'][0]['url']}/ ; end it with shipyard down")
     return 0
+
+
+def _bench(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, reporter: Reporter) -> int:
+    """Measure the CPU server beside others."""
+    module, made = importlib.import_module("shipyard.bench"), build / chosen.profile
+    bundle = made / chosen.unit / "bundle" / "bundle"
+    if not bundle.is_dir():
+        raise ShipyardError(f"{bundle}: no bundle", mend=f"shipyard release --profile {chosen.profile}")
+    texts = importlib.import_module("shipyard.fleet").titles(made)
+    record = module.bench(
+        bundle, [name for name in chosen.peers.split(",") if name], chosen.seconds, chosen.rounds, build / "bench",
+        root / "constraints.txt", base_folder(fleet), texts, reporter.progress,
+    )  # fmt: skip
+    print(json.dumps(record) if chosen.json else module.markdown(record))
+    return 0
+
+
+def _drift(chosen: argparse.Namespace, build: Path) -> int:
+    """Compare a journal with its release, or with another journal."""
+    module = importlib.import_module("shipyard.drift")
+    kinds, bundle = chosen.taken.split(","), None
+    if chosen.against is not None:
+        reference = module.of_journal(chosen.against, kinds)
+    else:
+        reference, bundle = module.of_release(_read(chosen.release or _newest(build)), build)
+    found = module.drift(reference, module.seen(chosen.journal, kinds, bundle), chosen.psi, chosen.calibration)
+    print(json.dumps(found) if chosen.json else "\n".join(module.lines(found)))
+    return 3 if found["drifted"] else 0
+
+
+def _newest(build: Path) -> Path:
+    """Return the newest local release."""
+    made = sorted((build / "releases").glob("*.json"), key=lambda path: path.stat().st_mtime)
+    if not made:
+        raise ShipyardError(f"{build / 'releases'}: no release", mend="shipyard release")
+    return made[-1]
 
 
 def _read(path: Path, oldest: int = 0) -> Release:

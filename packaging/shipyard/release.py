@@ -302,14 +302,17 @@ class Line:
         fusion = {key: self.evaluate.said["fusion"][key] for key in ("method", "sources", "parameters")}
         sources = {name: self.bundle(name) for name in fusion["sources"]}
         places = {name: self.fleet.submodel[name].target for name in sources}
-        target = self.fleet.target["cpu"]
+        data, target = self.past, self.fleet.target["cpu"]
 
         def work(out: Path) -> Any:
             folders = {name: record.folder / "bundle" for name, record in sources.items()}
-            return importlib.import_module("shipyard.bundle").bundle_gateway(folders, places, fusion, target, out)
+            reference = importlib.import_module("shipyard.golden").reference(data.folder, folders, fusion)
+            module = importlib.import_module("shipyard.bundle")
+            return module.bundle_gateway(folders, places, fusion, target, out, reference)
 
         config = {**_plain(target), "fusion": fusion, "places": places}
-        return self._run("bundle", GATEWAY, tuple(sources.values()), config, work, "serve.gateway", "serve.fetch")
+        inputs = (data, *sources.values())
+        return self._run("bundle", GATEWAY, inputs, config, work, *self._models, "serve.gateway", "serve.fetch")
 
     def record(self) -> dict[str, Any]:
         """Return what the stages said, for the report page and the papers of a release."""
