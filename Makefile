@@ -57,8 +57,8 @@ bench-artifacts: setup ## time and memory of each stage, archives and uploads, o
 deploy-local: setup ## make a release, then deploy, update, roll back and destroy dev on this machine (PROFILE=quick)
 	$(SHIPYARD) deploy-local --profile $(PROFILE)
 
-docs: setup ## write docs/stacks.md, the diagram and tables of all stacks, from their templates
-	SHIPYARD_UPDATE_DOCS=1 $(BIN)/python -m pytest --quiet tests/test_stacks.py
+docs: setup ## write the diagram and tables of docs/stacks.md and docs/security.md from the templates
+	SHIPYARD_UPDATE_DOCS=1 $(BIN)/python -m pytest --quiet tests/test_stacks.py tests/test_security.py
 
 test: setup lint ## all tests, on a small profile of the real data
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
