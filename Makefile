@@ -102,6 +102,10 @@ USAGE ?= docs/usage.toml
 cost: setup ## what cdk.out costs: table, build/cost/report.html and .json (USAGE=docs/usage.toml)
 	$(SHIPYARD) cost cdk.out --usage $(USAGE) --html build/cost/report.html --save build/cost/report.json
 
+.PHONY: bench-cost
+bench-cost: synth ## how long the report takes, of cdk.out and of a template of 500 resources
+	$(BIN)/python tests/bench_cost.py
+
 .PHONY: change change-comment
 change: synth cost ## what a change does to cost and templates: build/change/change.md (SINCE=commit, default the last release)
 	@mkdir -p build/change
