@@ -136,7 +136,8 @@ def test_a_graph_that_its_target_does_not_take_is_said(release):
 
 def test_throughput_of_a_benched_bundle_is_that_of_its_cores(release, tmp_path):
     path = tmp_path / "bench.json"
-    record = {"servers": {"shipyard": {"capacity": {"throughput": 80.0}}}, "processor": "a CPU", "bundle": "ab" * 32}
+    rounds = [{"recommend": {"throughput": rate}, "rank": {"throughput": 900.0}} for rate in (80.0, 20.0, 95.0)]
+    record = {"servers": {"shipyard": {"rounds": rounds}}, "processor": "a CPU", "bundle": "ab" * 32}
     path.write_text(json.dumps(record))
     env = ENV.model_copy(update={"cpu": ENV.cpu.model_copy(update={"cpu": 4096})})
     gpu, cpu, _ = compare(release, throughput=load_throughput(path), env=env)
