@@ -161,7 +161,8 @@ def _compare(chosen: argparse.Namespace) -> int:
     load = Load(chosen.request_kb, chosen.response_kb, chosen.devices, chosen.device_cost)
     measured = load_throughput(chosen.throughput) if chosen.throughput else Throughput()
     submodel = chosen.submodel or next(iter(release.submodels))
-    book, largest = load_book(chosen.prices), {name: target.max_size_mb for name, target in fleet.target.items()}
+    book = load_book(chosen.prices)
+    largest: dict[str, float] = {name: target.max_size_mb for name, target in fleet.target.items()}
     found = places(book, env, load, release=release, submodel=submodel, measured=measured, largest=largest)
     currency = "CNY" if env.region.startswith("cn-") else "USD"
     print(write_places(found, currency) if chosen.json else comparison_markdown(found, currency), end="")
