@@ -326,8 +326,7 @@ def _make(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, rep
     path, found = release(line, key, chosen.to or str(build / "store"))
     if not chosen.no_synth:
         _synth(chosen.fleet, build / chosen.profile / "cdk.out", reporter, release=path)
-    previous = root / "releases" / f"{found.replaces}.json"
-    page = _page(path, previous if previous.is_file() else None, None, build / chosen.profile / "report.html")
+    page = _page(path, _replaced(found, (root / "releases",), reporter), None, build / chosen.profile / "report.html")
     reporter.line(f"report   {page}")
     reporter.line(f"release  {path}")
     return _print(found, chosen.json)
@@ -368,10 +367,8 @@ def _look(chosen: argparse.Namespace, reporter: Reporter) -> int:
 def _report(chosen: argparse.Namespace, root: Path, build: Path, reporter: Reporter) -> int:
     """Write the page of a release that is there."""
     found = _read(chosen.release)
-    previous = chosen.previous
-    if previous is None and found.replaces is not None:
-        beside = [folder / f"{found.replaces}.json" for folder in (chosen.release.parent, root / "releases")]
-        previous = next((path for path in beside if path.is_file()), None)
+    folders = chosen.release.parent, root / "releases"
+    previous = _read(chosen.previous) if chosen.previous is not None else _replaced(found, folders, reporter)
     page = _page(chosen.release, previous, chosen.cost, chosen.out or build / "reports" / f"{found.version}.html")
     reporter.line(f"report   {page}")
     if chosen.json:
@@ -379,9 +376,21 @@ def _report(chosen: argparse.Namespace, root: Path, build: Path, reporter: Repor
     return 0
 
 
-def _page(release: Path, previous: Path | None, cost: Path | None, out: Path) -> Path:
-    """Write the page of a release; `previous` and `cost` are files, if any."""
-    found, old = _read(release), None if previous is None else _read(previous)
+def _replaced(found: Release, folders: Sequence[Path], reporter: Reporter) -> Release | None:
+    """Return the release that one replaces, where it lies; one that is not trusted any more is told, and ends nothing."""
+    for path in (folder / f"{found.replaces}.json" for folder in folders):
+        if path.is_file():
+            try:
+                return _read(path)
+            except ShipyardError as fault:
+                reporter.line(f"report   compares with nothing: {fault}")
+                return None
+    return None
+
+
+def _page(release: Path, old: Release | None, cost: Path | None, out: Path) -> Path:
+    """Write the page of a release; `old` is what to compare with, `cost` a file of prices, if any."""
+    found = _read(release)
     figures, card = "{}", ""
     if found.papers:
         keys = load_keys(release.parent / "keys")
