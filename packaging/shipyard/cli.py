@@ -12,11 +12,13 @@ from pathlib import Path
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
+from models.approval import check_withdrawn
 from models.config import Fleet, load_fleet
 from models.release import Release, Signer, read_release
 from serve.errors import ShipyardError
 from serve.files import read_json
 from serve.trust import MANIFEST, load_keys
+from shipyard import delivery
 from shipyard.console import Reporter, print_release, print_stage, release_markdown
 from shipyard.diff import diff, lines, same
 from shipyard.gc import referring, unused
@@ -24,9 +26,10 @@ from shipyard.keys import open_key
 from shipyard.origin import BUILDER, find_origin
 from shipyard.papers import BOM, CARD, FIGURES, read_paper, verify_papers
 from shipyard.publish import publish
-from shipyard.release import VERBS, Line, release
+from shipyard.release import VERBS, Line, base_folder, release
 from shipyard.stage import Record, Stage
 from shipyard.upload import open_store, upload_release
+from shipyard.verbs import VERBS as DELIVERY
 from shipyard.verify import verify_bundle, verify_store
 
 ABOUT = """\
@@ -50,7 +53,7 @@ examples:
   shipyard diff releases/A.json releases/B.json
                                         what a promotion from A to B changes
 
-exit codes: 0 done; 1 an error, told in one line; 2 wrong usage; 130 interrupted
+exit codes: 0 done; 1 an error, told in one line; 2 wrong usage; 3 drift beyond its limit; 130 interrupted
 """
 
 HELP = {
@@ -78,6 +81,7 @@ HELP = {
     "gc": "list, or delete, what lies in a store and no release refers to",
     "up": "serve a local release on this machine: every runtime and the gateway, on loopback",
     "down": "end what up has started",
+    "drift": "compare what the gateway has written with its release: requests, scores, calibration",
     "collect": "make training data of what the gateway has written",
     "bench": "measure the CPU server beside others on one bundle",
 }
@@ -142,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
                            "build/reports/VERSION.html)")  # fmt: skip
     comparing = add("compare", sizes, more=" Each method is a stage in a process of its own.")
     comparing.add_argument("--methods", default="lora,adalora,full", help="with commas between (default: all three)")
-    for verb, text in REVIEW.items():  # parsed where they are run
+    for verb, text in (REVIEW | DELIVERY).items():  # parsed where they are run
         verbs.add_parser(verb, help=text, add_help=False)
     publishing = add("publish")
     publishing.add_argument("version", help="version of a release in build/releases/, e.g. 0.1.0-g0123456789ab")
@@ -196,8 +200,20 @@ def parser() -> argparse.ArgumentParser:
     add("down")
     measuring = add("bench", sizes, more=" Wants two cores, and nothing else that runs on them.")
     measuring.add_argument("--unit", default="recommend", help="sub-model of the cpu target (default: recommend)")
-    measuring.add_argument("--peers", default="fastapi,litserve,bentoml", help="with commas between (default: all)")
-    measuring.add_argument("--seconds", type=float, default=10, help="of each measurement (default: 10)")
+    measuring.add_argument(
+        "--peers", default="fastapi,litserve,bentoml,mlserver", help="with commas between (default: all)"
+    )
+    measuring.add_argument("--seconds", type=float, default=2, help="of each measurement (default: 2)")
+    measuring.add_argument("--rounds", type=int, default=5, help="turns of all servers (default: 5)")
+    drifting = add("drift", more=" Ends with 3 where a measure is beyond its limit: docs/drift.md.")
+    drifting.add_argument("journal", type=Path, help="folder of the gateway's --feedback, or a copy of its stream")
+    drifting.add_argument("--release", type=Path, help="a release file whose gateway's bundle lies in the build folder "
+                          "(default: the newest of build/releases/)")  # fmt: skip
+    drifting.add_argument("--against", type=Path, metavar="JOURNAL", help="another journal to compare with, no release")
+    drifting.add_argument("--psi", type=float, default=0.25, help="limit of a measure's shift (default: 0.25)")
+    drifting.add_argument("--calibration", type=float, default=0.25, help="limit of its error (default: 0.25)")
+    drifting.add_argument("--taken", default="purchase", help="feedback that counts as taken, e.g. click,cart,purchase "
+                          "(default: purchase, as in the release's own reference)")  # fmt: skip
     gathering = add("collect", more=" Writes events.parquet and searches.parquet in the schema of docs/data.md.")
     gathering.add_argument("journal", type=Path, help="folder of the gateway's --feedback, or a copy of its stream")
     gathering.add_argument("--out", type=Path, required=True, help="folder to write to")
@@ -210,6 +226,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if given and given[0] in REVIEW:
             return int(importlib.import_module("infra.cost.command").main(given))
+        if given and given[0] in DELIVERY:
+            return delivery.main(given, delivery.Surroundings(_home(), os.environ, _synth_release))
         return _run(parser().parse_args(given), Reporter())
     except ShipyardError as fault:
         print(f"error: {fault}", file=sys.stderr)
@@ -237,6 +255,7 @@ def _run(chosen: argparse.Namespace, reporter: Reporter) -> int:
         oldest = 0 if chosen.allow_older else fleet.project.minimum_sequence
         path = root / "releases" / f"{chosen.version}.json"
         found = _read(path, oldest)
+        check_withdrawn(path)
         verify_papers(path, found, load_keys(path.parent / "keys"))
         store = open_store(chosen.to, kms_key=chosen.kms_key, owner=chosen.owner)
         sent = upload_release(found, build / "store", store, reporter.progress)
@@ -247,15 +266,10 @@ def _run(chosen: argparse.Namespace, reporter: Reporter) -> int:
     if chosen.verb == "collect":
         print(json.dumps(importlib.import_module("shipyard.collect").collect(chosen.journal, chosen.out)))
         return 0
+    if chosen.verb == "drift":
+        return _drift(chosen, build)
     if chosen.verb == "bench":
-        module = importlib.import_module("shipyard.bench")
-        names = [name for name in chosen.peers.split(",") if name]
-        bundle = build / chosen.profile / chosen.unit / "bundle" / "bundle"
-        if not bundle.is_dir():
-            raise ShipyardError(f"{bundle}: no bundle", mend=f"shipyard release --profile {chosen.profile}")
-        pins = root / "constraints.txt"
-        print(module.markdown(module.bench(bundle, names, chosen.seconds, build / "bench", pins, reporter.progress)))
-        return 0
+        return _bench(chosen, fleet, root, build, reporter)
     if chosen.verb in ("up", "down"):
         return _serve(chosen, build, reporter)
     if chosen.verb in ("edge", "register"):
@@ -314,8 +328,7 @@ def _make(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, rep
         if chosen.json or not print_stage(chosen.verb, said):
             print(json.dumps(said, ensure_ascii=False, indent=None if chosen.json else 2))
         return 0
-    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    key_file = home / "shipyard" / "signing.pem"
+    key_file = _home() / "signing.pem"
     if not key_file.exists() and chosen.key is None:
         reporter.line(f"makes    a signing key, {key_file}")
     # read before hours of training, not after
@@ -438,16 +451,49 @@ def _serve(chosen: argparse.Namespace, build: Path, reporter: Reporter) -> int:
     if chosen.verb == "down":
         print(json.dumps({"ended": module.down(build)}))
         return 0
-    made = sorted((build / "releases").glob("*.json"), key=lambda path: path.stat().st_mtime)
-    if chosen.release is None and not made:
-        raise ShipyardError(f"{build / 'releases'}: no release", mend="shipyard release")
-    path = chosen.release or made[-1]
+    path = chosen.release or _newest(build)
     keys = load_keys(path.parent / "keys")
     state = module.up(_read(path), keys, build, chosen.port)
     for member in state["members"]:
         reporter.line(f"serves   {member['name']} at {member['url']}, process {member['pid']}")
     print(json.dumps(state) if chosen.json else f"open {state['members'][0]['url']}/ ; end it with shipyard down")
     return 0
+
+
+def _bench(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, reporter: Reporter) -> int:
+    """Measure the CPU server beside others."""
+    module, made = importlib.import_module("shipyard.bench"), build / chosen.profile
+    bundle = made / chosen.unit / "bundle" / "bundle"
+    if not bundle.is_dir():
+        raise ShipyardError(f"{bundle}: no bundle", mend=f"shipyard release --profile {chosen.profile}")
+    texts = importlib.import_module("shipyard.fleet").titles(made)
+    record = module.bench(
+        bundle, [name for name in chosen.peers.split(",") if name], chosen.seconds, chosen.rounds, build / "bench",
+        root / "constraints.txt", base_folder(fleet), texts, reporter.progress,
+    )  # fmt: skip
+    print(json.dumps(record) if chosen.json else module.markdown(record))
+    return 0
+
+
+def _drift(chosen: argparse.Namespace, build: Path) -> int:
+    """Compare a journal with its release, or with another journal."""
+    module = importlib.import_module("shipyard.drift")
+    kinds, bundle = chosen.taken.split(","), None
+    if chosen.against is not None:
+        reference = module.of_journal(chosen.against, kinds)
+    else:
+        reference, bundle = module.of_release(_read(chosen.release or _newest(build)), build)
+    found = module.drift(reference, module.seen(chosen.journal, kinds, bundle), chosen.psi, chosen.calibration)
+    print(json.dumps(found) if chosen.json else "\n".join(module.lines(found)))
+    return 3 if found["drifted"] else 0
+
+
+def _newest(build: Path) -> Path:
+    """Return the newest local release."""
+    made = sorted((build / "releases").glob("*.json"), key=lambda path: path.stat().st_mtime)
+    if not made:
+        raise ShipyardError(f"{build / 'releases'}: no release", mend="shipyard release")
+    return made[-1]
 
 
 def _read(path: Path, oldest: int = 0) -> Release:
@@ -470,7 +516,8 @@ def _synth(
     if env:
         command += ["--context", f"env={env}"]
     if release is not None:
-        command += ["--context", f"release={release.resolve()}"]
+        # to look at: what is deployed is named in fleet.toml, and approved
+        command += ["--context", f"release={release.resolve()}", "--context", "unapproved=true"]
     # no credentials and no region of the caller may reach a template
     surroundings = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "CDK_"))}
     # the CDK's own validator more than doubles the time of a synth
@@ -486,12 +533,22 @@ def _synth(
     reporter.line(f"synthesized {out}")
 
 
+def _synth_release(fleet: Path, out: Path, reporter: Reporter, env: str, release: Path) -> None:
+    """Synthesize one environment with one release."""
+    _synth(fleet, out, reporter, env=env, release=release)
+
+
 def _print(found: Release, as_json: bool) -> int:
     if as_json:
         print(found.model_dump_json(by_alias=True, exclude_unset=True))
     else:
         print_release(found)
     return 0
+
+
+def _home() -> Path:
+    """Return the folder of the user's own keys."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "shipyard"
 
 
 def _lock(build: Path) -> AcquireReturnProxy[FileLock]:

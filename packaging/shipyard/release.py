@@ -23,7 +23,6 @@ from models.release import (
     version_of,
 )
 from models.submodel import MAX_TOKENS
-from serve.engine import machine
 from serve.errors import ShipyardError
 from serve.files import sha256_file
 from serve.trust import load_keys
@@ -302,14 +301,17 @@ class Line:
         fusion = {key: self.evaluate.said["fusion"][key] for key in ("method", "sources", "parameters")}
         sources = {name: self.bundle(name) for name in fusion["sources"]}
         places = {name: self.fleet.submodel[name].target for name in sources}
-        target = self.fleet.target["cpu"]
+        data, target = self.past, self.fleet.target["cpu"]
 
         def work(out: Path) -> Any:
             folders = {name: record.folder / "bundle" for name, record in sources.items()}
-            return importlib.import_module("shipyard.bundle").bundle_gateway(folders, places, fusion, target, out)
+            reference = importlib.import_module("shipyard.golden").reference(data.folder, folders, fusion)
+            module = importlib.import_module("shipyard.bundle")
+            return module.bundle_gateway(folders, places, fusion, target, out, reference)
 
         config = {**_plain(target), "fusion": fusion, "places": places}
-        return self._run("bundle", GATEWAY, tuple(sources.values()), config, work, "serve.gateway", "serve.fetch")
+        inputs = (data, *sources.values())
+        return self._run("bundle", GATEWAY, inputs, config, work, *self._models, "serve.gateway", "serve.fetch")
 
     def record(self) -> dict[str, Any]:
         """Return what the stages said, for the report page and the papers of a release."""
@@ -398,6 +400,9 @@ def _body(line: Line, artifacts: Mapping[str, Mapping[str, Any]]) -> dict[str, A
     sources, libraries = closure(
         ("shipyard.release", "shipyard.rerank", *(f"shipyard.{verb}" for verb in VERBS), *line._models)
     )
+    machine = importlib.import_module(
+        "serve.engine"
+    ).machine()  # not at the top: the runtime takes half of a verb's start
     return {
         "profile": line.profile_name,
         "source": {
@@ -410,7 +415,7 @@ def _body(line: Line, artifacts: Mapping[str, Mapping[str, Any]]) -> dict[str, A
             "environment_sha256": None if lock is None else sha256_file(lock),
             "code_sha256": digest({name: sha256_file(path) for name, path in sources.items()}),
             "libraries": libraries,
-            "machine": machine() | {"threads": importlib.import_module("torch").get_num_threads()},
+            "machine": machine | {"threads": importlib.import_module("torch").get_num_threads()},
         },
         "submodels": submodels,
         "fusion": _fusion(line.evaluate.said.get("fusion")),
