@@ -23,7 +23,7 @@ class FeedbackStream(Construct):
         stack = cdk.Stack.of(self)
         self.name = name
         self.arn = stack.format_arn(service="firehose", resource="deliverystream", resource_name=name)
-        log = logs.LogGroup(self, "LogGroup", encryption_key=storage.key, retention=logs.RetentionDays.ONE_MONTH)
+        log = storage.log_group(self, "LogGroup")
         stream = logs.LogStream(self, "LogStream", log_group=log)
         statements = [
             *storage.data_access(writes=(FEEDBACK, FAILED)),

@@ -281,6 +281,8 @@ class Line:
             work,
             f"models.{name}",
             "serve.server",
+            "serve.gateway",
+            "serve.score",
             "serve.fetch",
         )
 

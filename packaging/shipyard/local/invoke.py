@@ -66,7 +66,7 @@ def ask(cloud: Cloud, artifacts: tuple[Artifact, ...], store: Path, scratch: Pat
         manifest = read_json(code / MANIFEST)
         requests = [golden["request"] for golden in manifest["golden"]]
         if artifact.kind == "triton":
-            answers = _ask_endpoint(cloud, deployed[artifact.name], Codec(code, manifest), requests)
+            answers = ask_endpoint(cloud, deployed[artifact.name], Codec(code, manifest), requests, COMPARED)
         else:
             containers, bundle = served[artifact.name], scratch / artifact.name / "bundle"
             bundle.mkdir(parents=True)
@@ -84,8 +84,12 @@ def ask(cloud: Cloud, artifacts: tuple[Artifact, ...], store: Path, scratch: Pat
         return dict(zip([artifact.name for artifact in artifacts], pool.map(one, artifacts), strict=True))
 
 
-def _ask_endpoint(cloud: Cloud, endpoint: Endpoint, codec: Codec, requests: list[Any]) -> Answers:
-    """Send requests to an endpoint as the gateway does, in Triton's binary form."""
+def ask_endpoint(cloud: Cloud, endpoint: Endpoint, codec: Codec, requests: list[Any], most: int) -> Answers:
+    """Send requests to an endpoint as the gateway does, in Triton's binary form; return the first `most` places of each.
+
+    Raises:
+        ShipyardError: it does not answer.
+    """
     client, answers = cloud.client("sagemaker-runtime"), []
     for request in requests:
         body, size = write_request(codec.encode([request]))
@@ -96,13 +100,13 @@ def _ask_endpoint(cloud: Cloud, endpoint: Endpoint, codec: Codec, requests: list
         except ClientError as fault:
             raise ShipyardError(f"{endpoint.name}: {fault}") from None
         _, outputs = read_answer(answer["Body"].read(), int(answer["ContentType"].rpartition("=")[2]))
-        [found] = codec.decode([request], outputs["rows"], outputs["scores"], [COMPARED])
-        answers.append(_places(found, codec.answer_key))
+        [found] = codec.decode([request], outputs["rows"], outputs["scores"], [most])
+        answers.append(_places(found, codec.answer_key, most))
     return answers
 
 
-def _places(answer: Mapping[str, Any], level: str) -> list[tuple[Any, float]]:
-    return [(found[level], found["score"]) for found in answer[PLURALS[level]][:COMPARED]]
+def _places(answer: Mapping[str, Any], level: str, most: int = COMPARED) -> list[tuple[Any, float]]:
+    return [(found[level], found["score"]) for found in answer[PLURALS[level]][:most]]
 
 
 def _compare(name: str, manifest: Mapping[str, Any], answers: Answers) -> None:
