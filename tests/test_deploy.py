@@ -78,8 +78,9 @@ def test_the_gateway_answers_by_what_endpoint_and_cluster_say(told, small: Made)
     assert [scores for scores in zip(fused, search, strict=True) if scores[0][0][1] == scores[1][0][1]] == []
 
 
-def test_what_the_gateway_answered_lies_in_the_data_bucket(told):
-    assert told["feedback"] == {"impressions": len(told["gateway"]["gateway"])}
+def test_what_the_gateway_answered_and_was_told_lies_in_the_data_bucket(told):
+    answered = len(told["gateway"]["gateway"])
+    assert told["feedback"] == {"impressions": answered, "clicks": answered}
 
 
 def test_the_same_release_again_changes_nothing(told):

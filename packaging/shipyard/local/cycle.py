@@ -15,7 +15,7 @@ from models.release import Artifact, Release, Signer, load_keys, read_release
 from serve.errors import ShipyardError
 from shipyard.local import tasks
 from shipyard.local.cloud import Cloud, local_cloud
-from shipyard.local.gateway import ask_gateway, impressions
+from shipyard.local.gateway import ask_gateway, feedback
 from shipyard.local.invoke import COMPARED, Answers, ask, endpoints
 from shipyard.local.recorded import check_types, templates
 from shipyard.local.successor import succeed
@@ -128,16 +128,19 @@ class Cycle:
             }
 
     def feedback(self, fused: dict[str, Answers]) -> dict[str, int]:
-        """Return how many impressions lie in the data bucket: the gateway notes what it answered.
+        """Return how many impressions and clicks lie in the data bucket: the gateway notes what it answered and is told.
 
         Raises:
-            ShipyardError: one of the answers was not noted.
+            ShipyardError: one of the answers, or the click on its first place, was not noted.
         """
-        noted = [found["items"][:COMPARED] for found in impressions(self.cloud, self.fleet.data_bucket(self.env))]
+        noted = feedback(self.cloud, self.fleet.data_bucket(self.env))
+        shown = {one["request_id"]: one["items"][:COMPARED] for one in noted if one["kind"] == "impression"}
+        clicks = [[shown.get(one["request_id"], []), one["item"]] for one in noted if one["kind"] == "click"]
         for places in (places for answers in fused.values() for places in answers):
-            if [product for product, _ in places] not in noted:
-                raise ShipyardError("feedback: an answer was not noted", value=places[0][0], allowed=len(noted))
-        return {"impressions": len(noted)}
+            products = [product for product, _ in places]
+            if [products, products[0]] not in clicks:
+                raise ShipyardError("feedback: an answer and its click were not noted", value=products, allowed=clicks)
+        return {"impressions": len(shown), "clicks": len(clicks)}
 
     def without(self, release: Release) -> dict[str, str]:
         """Delete the models of what serves; return how an invocation of each, and of the gateway, fails then.

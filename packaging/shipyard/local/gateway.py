@@ -1,15 +1,15 @@
 """Ask the deployed gateway: its task runs from its bundle, asks the endpoint and the services, and fuses what they say."""
 
 import json
+import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from models.release import Artifact
-from serve.codec import PLURALS, Codec
+from serve.codec import Codec
 from serve.errors import ShipyardError
 from serve.files import read_json
 from serve.fused import CODEC, FUSION
@@ -17,14 +17,14 @@ from serve.fusion import best, fuse, gather
 from serve.trust import MANIFEST
 from shipyard.local import tasks
 from shipyard.local.cloud import Cloud
-from shipyard.local.invoke import COMPARED, Answers, ask_endpoint, endpoints
+from shipyard.local.invoke import COMPARED, Answers, Places, ask_endpoint, endpoints, places
 
 MILLISECONDS = 60_000
 """Given to a request: this machine is no cluster."""
 
 
 def ask_gateway(cloud: Cloud, gateway: Artifact, served: Mapping[str, Artifact], store: Path, scratch: Path) -> Answers:
-    """Ask the gateway what search's bundle has as golden requests; return the first places of each answer.
+    """Ask the gateway what search's bundle has as golden requests, and click; return the first places of each answer.
 
     `served` are the release's artifacts by name. Each answer has to be what the bundle's fusion makes of what endpoint and
     services say themselves.
@@ -35,62 +35,57 @@ def ask_gateway(cloud: Cloud, gateway: Artifact, served: Mapping[str, Artifact],
     deployed, clusters = endpoints(cloud), tasks.services(cloud)
     if gateway.name not in clusters:
         raise ShipyardError(f"{gateway.name}: not deployed", allowed=", ".join(clusters))
-    containers, bundle = clusters[gateway.name], scratch / gateway.name / "bundle"
+    _check_addresses(cloud, clusters[gateway.name]["serve"], {endpoint.name for endpoint in deployed.values()})
     # the cluster has one image, built from the bundle of a sub-model
     code = store / next(artifact for artifact in served.values() if artifact.kind == "image-context").key
-    _check_addresses(cloud, containers["serve"], {endpoint.name for endpoint in deployed.values()})
-    bundle.mkdir(parents=True)
-    tasks.fetch(cloud, containers["fetch"], code, bundle)
-    pinned = read_json(bundle / FUSION)
-    asked = {
-        source: told
-        for source in pinned["sources"]
-        if (told := pinned["targets"][source])["artifact"] in deployed or told["artifact"] in clusters
-    }
-    search = next(told["artifact"] for told in asked.values() if told["artifact"] in deployed)
-    golden = read_json(store / served[search].key / MANIFEST)["golden"]
-    requests = [line["request"] for line in golden]
-    codec = Codec(bundle, read_json(bundle / CODEC))
-    said: dict[str, list[Any]] = {}
+    targets = read_json(store / gateway.key / FUSION)["targets"]
+    asked = {source: told["artifact"] for source, told in targets.items() if told["artifact"] in deployed | clusters}
+    search = next(name for name in asked.values() if name in deployed)
+    requests = [golden["request"] for golden in read_json(store / served[search].key / MANIFEST)["golden"]]
     with ExitStack() as running:
-        command = list(containers["serve"].command)
-        for source, told in asked.items():
-            name, most = told["artifact"], told["returned"]
-            if name in deployed:
-                said[source] = ask_endpoint(cloud, deployed[name], codec, requests, most)
-                continue
-            folder = scratch / f"{gateway.name}-{name}" / "bundle"
-            folder.mkdir(parents=True)
-            container, image = clusters[name]["serve"], store / served[name].key
-            tasks.fetch(cloud, clusters[name]["fetch"], image, folder)
-            log = folder.with_name("serve.log")
-            url = running.enter_context(tasks.serve(cloud, container, image, folder, log))
+        urls = {
+            source: running.enter_context(tasks.run(cloud, clusters[name], code, scratch / f"asked-{name}"))
+            for source, name in asked.items()
+            if name in clusters
+        }
+        more = []
+        for source, url in urls.items():
             # in the place of the load balancer, whose name nobody resolves here
-            command += ["--target", f"{source}={url}{container.option('--prefix') or ''}"]
-            own = [{k: v for k, v in request.items() if k != "query"} | {"k": most} for request in requests]
-            found = tasks.ask(container, url, told["task"], own)
-            said[source] = [[(p[told["level"]], p["score"]) for p in a[PLURALS[told["level"]]]] for a in found]
-        container = replace(containers["serve"], command=tuple(command))
-        url = running.enter_context(tasks.serve(cloud, container, code, bundle, bundle.with_name("serve.log")))
-        answers = [_ask(url, request) for request in requests]
-    places = []
+            more += ["--target", f"{source}={url}{clusters[asked[source]]['serve'].option('--prefix') or ''}"]
+        folder = scratch / gateway.name
+        entry = running.enter_context(tasks.run(cloud, clusters[gateway.name], code, folder, more))
+        answers = [_post(f"{entry}/v1/search", request) for request in requests]
+        for answer in answers:
+            states = {source: answer["targets"][source]["state"] for source in asked}
+            if silent := [f"{source} {state}" for source, state in states.items() if state != "spoke"]:
+                raise ShipyardError(f"{gateway.name}: not every target answers", value=", ".join(silent))
+            clicked = [{"item": answer["products"][0]["product"], "kind": "click"}]
+            _post(f"{entry}/v1/feedback", {"request_id": answer["request_id"], "user": "shopper", "events": clicked})
+        said: dict[str, list[Places]] = {}
+        codec = Codec(folder / "bundle", read_json(folder / "bundle" / CODEC))
+        for source, name in asked.items():
+            told = targets[source]
+            if name in deployed:
+                said[source] = ask_endpoint(cloud, deployed[name], codec, requests, told["returned"])
+            else:
+                own = [{k: v for k, v in one.items() if k != "query"} | {"k": told["returned"]} for one in requests]
+                found = tasks.ask(clusters[name]["serve"], urls[source], told["task"], own)
+                said[source] = [places(answer, told["level"], told["returned"]) for answer in found]
+    pinned = read_json(folder / "bundle" / FUSION)
+    first = []
     for i, answer in enumerate(answers):
-        if silent := [
-            f"{source} {answer['targets'][source]['state']}" for source in asked if source not in _spoke(answer)
-        ]:
-            raise ShipyardError(f"{gateway.name}: not every target answers", value=", ".join(silent))
-        lines = [said[source][i] if source in asked else None for source in pinned["sources"]]
-        heard = gather([tuple(zip(*line, strict=True)) if line else None for line in lines])  # type: ignore[misc]
+        lines = [said[source][i] if source in said else None for source in pinned["sources"]]
+        heard = gather([([p for p, _ in line], [s for _, s in line]) if line else None for line in lines])
         wanted = best(heard, fuse(heard, pinned["method"], pinned["parameters"]), COMPARED)
-        found = [(one["product"], one["score"]) for one in answer["products"][:COMPARED]]
-        if [product for product, _ in found] != [product for product, _ in wanted]:
-            raise ShipyardError(f"{gateway.name}: another answer than its fusion's", value=found, allowed=wanted)
-        places.append(found)
-    return places
+        got = places(answer, "product")
+        if [product for product, _ in got] != [product for product, _ in wanted]:
+            raise ShipyardError(f"{gateway.name}: another answer than its fusion's", value=got, allowed=wanted)
+        first.append(got)
+    return first
 
 
-def impressions(cloud: Cloud, bucket: str) -> list[dict[str, Any]]:
-    """Return what lies below feedback/ in the data bucket: by it the next release is trained."""
+def feedback(cloud: Cloud, bucket: str) -> list[dict[str, Any]]:
+    """Return what lies below feedback/ in the data bucket, impressions and events: by it the next release is trained."""
     s3 = cloud.client("s3")
     told = s3.list_objects_v2(Bucket=bucket, Prefix="feedback/").get("Contents", [])
     bodies = [s3.get_object(Bucket=bucket, Key=one["Key"])["Body"].read() for one in told]
@@ -107,15 +102,14 @@ def _check_addresses(cloud: Cloud, container: tasks.Container, names: set[str]) 
             )
 
 
-def _ask(url: str, request: Mapping[str, Any]) -> dict[str, Any]:
+def _post(url: str, document: Mapping[str, Any]) -> dict[str, Any]:
     sent = urllib.request.Request(  # noqa: S310 -- the address is ours
-        f"{url}/v1/search", json.dumps(request).encode(),
+        url, json.dumps(document).encode(),
         {"Content-Type": "application/json", "X-Request-Timeout-Ms": str(MILLISECONDS)},
     )  # fmt: skip
-    with urllib.request.urlopen(sent, timeout=2 * MILLISECONDS / 1000) as answer:  # noqa: S310
-        found: dict[str, Any] = json.load(answer)
+    try:
+        with urllib.request.urlopen(sent, timeout=2 * MILLISECONDS / 1000) as answer:  # noqa: S310
+            found: dict[str, Any] = json.load(answer)
+    except urllib.error.HTTPError as fault:
+        raise ShipyardError(f"{url}: {fault.code}", value=fault.read()[:500].decode(errors="replace")) from None
     return found
-
-
-def _spoke(answer: Mapping[str, Any]) -> set[str]:
-    return {source for source, told in answer["targets"].items() if told["state"] == "spoke"}
