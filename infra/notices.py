@@ -3,7 +3,6 @@
 import aws_cdk as cdk
 from aws_cdk import aws_events as events
 from aws_cdk import aws_events_targets as targets
-from aws_cdk import aws_iam as iam
 from aws_cdk import aws_kms as kms
 from aws_cdk import aws_sns as sns
 from aws_cdk import aws_sns_subscriptions as subscriptions
@@ -12,16 +11,9 @@ from aws_cdk import aws_sns_subscriptions as subscriptions
 def tell(stack: cdk.Stack, email: str, prefix: str) -> None:
     """Mail alarms and failures of what is called `prefix` and more, and failures of the account's cluster and devices."""
     key = kms.Key(stack, "Key", description="Messages about alarms", enable_key_rotation=True)
+    # the rules' targets let EventBridge use both
     topic = sns.Topic(stack, "Topic", master_key=key, enforce_ssl=True)
     topic.add_subscription(subscriptions.EmailSubscription(email))
-    key.add_to_resource_policy(
-        iam.PolicyStatement(
-            principals=[iam.ServicePrincipal("events.amazonaws.com")],
-            actions=["kms:Decrypt", "kms:GenerateDataKey"],
-            resources=["*"],  # in a key policy this means the key itself
-            conditions={"StringEquals": {"aws:SourceAccount": stack.account}},
-        )
-    )
     patterns = {
         "Alarms": events.EventPattern(
             source=["aws.cloudwatch"],

@@ -83,6 +83,39 @@ def test_no_row_of_a_table_of_claims_is_without_a_test():
         assert rows and [row for row in rows if not CLAIM.fullmatch(row)] == []
 
 
+def test_data_is_kept_as_long_as_the_page_says(templates):
+    def rules(name):
+        [bucket] = [
+            resource["Properties"]
+            for logical, resource in templates["storage"]["Resources"].items()
+            if resource["Type"] == "AWS::S3::Bucket" and logical.startswith(name)
+        ]
+        return bucket["LifecycleConfiguration"]["Rules"]
+
+    for name in ("Artifacts", "Data"):
+        assert {"NoncurrentVersionExpiration": {"NoncurrentDays": 90}, "Status": "Enabled"} in rules(name)
+        assert [rule for rule in rules(name) if "ExpirationInDays" in rule and rule.get("Prefix") != "capture/"] == []
+    assert {"ExpirationInDays": 30, "Prefix": "capture/", "Status": "Enabled"} in rules("Data")
+    assert rules("AccessLog") == [{"ExpirationInDays": 365, "Status": "Enabled"}]
+    days = {
+        f"{stack}: {name}": resource["Properties"]["RetentionInDays"]
+        for stack, template in templates.items()
+        for name, resource in template["Resources"].items()
+        if resource["Type"] == "AWS::Logs::LogGroup"
+    }
+    assert {name for name, kept in days.items() if kept != 30} == {name for name in days if "AccessLog" in name}
+    assert {kept for name, kept in days.items() if "AccessLog" in name} == {90}
+
+
+def test_eventbridge_alone_uses_the_key_of_the_alarms(templates):
+    [key] = [r["Properties"] for r in templates["observe"]["Resources"].values() if r["Type"] == "AWS::KMS::Key"]
+    assert {s["Principal"].get("Service", "the account") for s in key["KeyPolicy"]["Statement"]} == {
+        "the account",
+        "events.amazonaws.com",
+    }
+    assert key["EnableKeyRotation"] is True
+
+
 # --- what one role reaches ---------------------------------------------------------------------------------------------
 
 
