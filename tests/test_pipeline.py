@@ -131,7 +131,7 @@ def test_bundles_hold_exactly_these_files(small: Made) -> None:
 
     modules = (
         "__init__", "asgi", "batch", "blend", "codec", "engine", "errors", "files", "history", "listen", "openapi",
-        "runtime", "server", "triton", "trust",
+        "runtime", "server", "trace", "triton", "trust",
     )  # fmt: skip
     code = {f"serve/{module}.py" for module in modules}
     number = int(sha256_file(small.bundle("search") / "catalogue.json")[:7], 16) + 1
@@ -144,7 +144,7 @@ def test_bundles_hold_exactly_these_files(small: Made) -> None:
     }
     assert f"versions: [ {number} ]" in (small.bundle("search") / "model_repository/search/config.pbtxt").read_text()
     assert names("recommend") == names("recommend_types") == names("intent")
-    fusing = {"feedback", "fetch", "fused", "fusion", "gateway", "targets"}
+    fusing = {"feedback", "fetch", "fused", "fusion", "gateway", "observed", "targets"}
     assert names("recommend") == code | {f"serve/{module}.py" for module in fusing | {"score"}} | {
         "bundle.json",
         "catalogue.json",
@@ -157,6 +157,7 @@ def test_bundles_hold_exactly_these_files(small: Made) -> None:
         "bundle.json",
         "catalogue.json",
         "fusion.json",
+        "reference.json",
         "search.json",
         "tokenizer.json",
         "Dockerfile",
@@ -166,7 +167,7 @@ def test_bundles_hold_exactly_these_files(small: Made) -> None:
     uploaded = small.folder("edge_recommend", "bundle") / "upload" / "edge-recommend.zip"
     with zipfile.ZipFile(uploaded) as archive:
         assert set(archive.namelist()) == names("edge_recommend")
-    serving = ("asgi", "batch", "listen", "openapi", "server", "triton")
+    serving = ("asgi", "batch", "listen", "openapi", "server", "trace", "triton")
     edge = {f"serve/greengrass/{n}.py" for n in ("__init__", *bundling.EDGE_CODE)} | code - {
         f"serve/{module}.py" for module in serving
     }
