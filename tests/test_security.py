@@ -9,8 +9,9 @@ from aws_cdk.assertions import Template
 from conftest import ROOT
 
 from infra.reach import READS, WRITES, role_table, roles, way_table, ways
+from infra.tables import listed
 from tests.test_infra import ACCOUNT, edge, gateway, make_stage, plain, recommend, search
-from tests.test_operations import DELIVERY, LINK, OBSERVE
+from tests.test_operations import DELIVERY, LINK, OBSERVE, TRAINING
 from tests.test_policies import JOB
 from tests.test_stacks import ORDER
 
@@ -33,6 +34,7 @@ def templates():
         observe=OBSERVE,
         link=LINK,
         delivery=DELIVERY,
+        training=TRAINING,
         replica="us-west-2",
         production=True,
         gpu={"capture_percent": 5},
@@ -123,19 +125,23 @@ def faults(made):
     """Return what no role of ours may do, as (role, action)."""
     found = []
     for name, role in made.items():
-        for action, resource in role.allowed:
-            service, _, verb = action.partition(":")
-            lasting = verb.startswith(("Delete", "Schedule", "Disable")) and service in ("s3", "kms", "logs")
-            governs = service in ("s3", "kms", "iam") and verb.startswith(
-                ("Put", "Create", "Attach", "Update", "Detach")
-            )
-            own = action in (
-                "s3:PutObject",
-                *(("iam:AttachRolePolicy", "iam:DetachRolePolicy") if "Budget" in name else ()),
-            )
-            passes = action == "iam:PassRole" and "*" in resource
-            if lasting or (governs and not own) or passes or "*" in action:
-                found.append((name, action))
+        for statement in role.statements:
+            condition = str(statement.get("Condition", ""))
+            for action in listed(statement["Action"]):
+                service, _, verb = action.partition(":")
+                lasting = verb.startswith(("Delete", "Schedule", "Disable")) and service in ("s3", "kms", "logs")
+                changes = verb.startswith(("Put", "Create", "Attach", "Update", "Detach"))
+                own = (
+                    action == "s3:PutObject"
+                    # of its own disk, by way of the service
+                    or (action == "kms:CreateGrant" and "kms:GrantIsForAWSResource" in condition)
+                    # one policy, which forbids
+                    or (action in ("iam:AttachRolePolicy", "iam:DetachRolePolicy") and "iam:PolicyARN" in condition)
+                )
+                governs = changes and service in ("s3", "kms", "iam") and not own
+                passes = action == "iam:PassRole" and "*" in str(statement["Resource"])
+                if lasting or governs or passes or "*" in action:
+                    found.append((name, action))
     return found
 
 
@@ -170,6 +176,7 @@ def test_release_alone_writes_artifacts(made):
         "gpu: searchRole": ["storage.Data/capture/search/\\*"],
         "cpu: recommendscoreRole": ["storage.Data/scoring/out/recommend/\\*"],
         "cpu: jobupdateRole": ["storage.Data/updates/\\*"],
+        "training: Role": ["storage.Data/training/checkpoints/\\*", "storage.Data/training/jobs/\\*"],
         "gateway: FeedbackRole": ["storage.Data/feedback-failed/\\*", "storage.Data/feedback/\\*"],
     }
 
@@ -208,6 +215,7 @@ def test_who_reads_what_shoppers_did(made):
     assert {name: found for name, found in reads.items() if found} == {
         "cpu: recommendscoreRole": ["storage.Data/scoring/in/\\*"],
         "cpu: jobupdateRole": ["storage.Data/feedback/\\*"],
+        "training: Role": ["storage.Data/training/\\*"],
     }
 
 
