@@ -48,8 +48,8 @@ down: setup ## end what make up has started
 bench: setup ## the CPU server beside others on one bundle and this machine; run it where nothing else runs
 	$(SHIPYARD) bench --profile $(PROFILE)
 
-synth: setup ## synthesize every environment of fleet.toml into cdk.out/
-	$(SHIPYARD) synth
+synth: setup ## synthesize every environment of fleet.toml into cdk.out/ (VALIDATE=1: by the CDK's own validator too)
+	$(SHIPYARD) synth $(if $(VALIDATE),--validate)
 
 bench-synth: setup ## one environment's synth against an empty app's, in turns (ENV=prod)
 	$(BIN)/python tests/bench_synth.py $(ENV)

@@ -8,7 +8,7 @@ from constructs import Construct
 
 from infra.findings import WILDCARD, acknowledge
 from infra.principals import own_service
-from infra.storage import StorageStack
+from infra.storage import KEPT, StorageStack
 
 FEEDBACK = "feedback/"  # below it, in the data bucket, a folder a day of JSON lines (docs/data.md), gzipped
 FAILED = "feedback-failed/"
@@ -23,8 +23,8 @@ class FeedbackStream(Construct):
         stack = cdk.Stack.of(self)
         self.name = name
         self.arn = stack.format_arn(service="firehose", resource="deliverystream", resource_name=name)
-        log = logs.LogGroup(self, "LogGroup", encryption_key=storage.key, retention=logs.RetentionDays.ONE_MONTH)
-        stream = logs.LogStream(self, "LogStream", log_group=log)
+        log = storage.log_group(self, "LogGroup")
+        stream = logs.LogStream(self, "LogStream", log_group=log, removal_policy=KEPT)
         statements = [
             *storage.data_access(writes=(FEEDBACK, FAILED)),
             iam.PolicyStatement(

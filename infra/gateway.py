@@ -164,7 +164,7 @@ class GatewayStack(cdk.Stack):
             detailed_metrics_enabled=True,
             throttle=api.ThrottleSettings(rate_limit=settings.requests_per_second, burst_limit=settings.burst),
         )
-        log = logs.LogGroup(self, "AccessLog", encryption_key=storage.key, retention=logs.RetentionDays.THREE_MONTHS)
+        log = storage.log_group(self, "AccessLog", retention=logs.RetentionDays.THREE_MONTHS)
         resource = stage.node.default_child
         assert isinstance(resource, api.CfnStage)
         resource.access_log_settings = api.CfnStage.AccessLogSettingsProperty(

@@ -4,29 +4,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import aws_cdk as cdk
-from aws_cdk import aws_applicationautoscaling as autoscaling
-from aws_cdk import aws_cloudwatch as cloudwatch
 from aws_cdk import aws_ec2 as ec2
 from aws_cdk import aws_iam as iam
-from aws_cdk import aws_logs as logs
 from aws_cdk import aws_sagemaker as sagemaker
 from constructs import Construct
 
 from infra.hosting import hosting_role
+from infra.instances import SHADOW, VARIANT, deployment, scale, update_alarms
 from infra.network import NetworkStack, closed_group
 from infra.storage import CAPTURE, ENDPOINT_LOGS, StorageStack
 from infra.template import TritonTemplate, read_template
 from models.config import GpuSettings, Hours, triton_image
 from models.release import Artifact, Release, ShipyardError
 
-# A deployment compares variants by name, so the names stay for good.
-VARIANT = "primary"
-SHADOW = "shadow"
 # Driver 580 with CUDA 13, which the image wants; the default of g5 is driver 470 with CUDA 11.4.
 INFERENCE_AMI = "al2023-ami-sagemaker-inference-gpu-4-1"
-BAKE_SECONDS = 600  # both fleets stay this long after the last shift, so that a rollback is one change of weights
-STEP_SECONDS = 300
-MOST_ERRORS = 5  # answers of a minute with a status of 500 or more
 
 
 class GpuStack(cdk.Stack):
@@ -139,22 +131,16 @@ class TritonEndpoint(Construct):
             shadow_production_variants=[self._variant(SHADOW, model, settings, 1) for model in made[1:]] or None,
             data_capture_config=self._capture(name, settings, storage) if capture else None,
         )
-        self.alarms = self._alarms(slow_ms)
+        self.alarms = update_alarms(self, self.name, slow_ms)
         # made before the endpoint is, which would make it unencrypted and for good
-        log = logs.LogGroup(
-            self,
-            "LogGroup",
-            log_group_name=f"{ENDPOINT_LOGS}{self.name}",
-            encryption_key=storage.key,
-            retention=logs.RetentionDays.ONE_MONTH,
-        )
+        log = storage.log_group(self, "LogGroup", name=f"{ENDPOINT_LOGS}{self.name}")
         scales = settings.max_instances is not None or hours is not None
         self.endpoint = sagemaker.CfnEndpoint(
             self,
             "Endpoint",
             endpoint_name=self.name,
             endpoint_config_name=config.attr_endpoint_config_name,
-            deployment_config=self._update(settings),
+            deployment_config=deployment(settings, self.alarms),
             # a new model must not set back an instance count that was scaled since; what else fleet.toml says holds
             retain_all_variant_properties=True,
             exclude_retained_variant_properties=[
@@ -164,7 +150,7 @@ class TritonEndpoint(Construct):
         )
         self.endpoint.node.add_dependency(log)
         if scales:
-            self._scale(settings, hours)
+            scale(self, self.endpoint, self.name, settings, hours)
 
     def _model(
         self,
@@ -230,100 +216,3 @@ class TritonEndpoint(Construct):
                 sagemaker.CfnEndpointConfig.CaptureOptionProperty(capture_mode=mode) for mode in ("Input", "Output")
             ],
         )
-
-    def _alarms(self, slow_ms: int) -> tuple[cloudwatch.Alarm, ...]:
-        """Return the alarms that take an update back."""
-
-        def alarm(construct_id: str, metric: str, statistic: str, threshold: float, what: str) -> cloudwatch.Alarm:
-            return cloudwatch.Alarm(
-                self,
-                construct_id,
-                metric=cloudwatch.Metric(
-                    namespace="AWS/SageMaker",
-                    metric_name=metric,
-                    dimensions_map={"EndpointName": self.name, "VariantName": VARIANT},
-                    statistic=statistic,
-                    period=cdk.Duration.minutes(1),
-                ),
-                threshold=threshold,
-                evaluation_periods=3,
-                datapoints_to_alarm=2,
-                comparison_operator=cloudwatch.ComparisonOperator.GREATER_THAN_THRESHOLD,
-                treat_missing_data=cloudwatch.TreatMissingData.NOT_BREACHING,
-                alarm_description=what,
-            )
-
-        return (
-            alarm("Errors", "Invocation5XXErrors", "Sum", MOST_ERRORS, "Answers with a status of 500 or more"),
-            alarm("Slow", "ModelLatency", "p99", slow_ms * 1000, "99 % of the answers take longer, in microseconds"),
-        )
-
-    def _update(self, settings: GpuSettings) -> sagemaker.CfnEndpoint.DeploymentConfigProperty:
-        """Return how an update comes in and what takes it back (SageMaker developer guide, "Deployment guardrails")."""
-
-        def percent(value: int) -> sagemaker.CfnEndpoint.CapacitySizeProperty:
-            return sagemaker.CfnEndpoint.CapacitySizeProperty(type="CAPACITY_PERCENT", value=value)
-
-        rollback = sagemaker.CfnEndpoint.AutoRollbackConfigProperty(
-            alarms=[sagemaker.CfnEndpoint.AlarmProperty(alarm_name=alarm.alarm_name) for alarm in self.alarms]
-        )
-        if settings.update == "rolling":
-            return sagemaker.CfnEndpoint.DeploymentConfigProperty(
-                auto_rollback_configuration=rollback,
-                rolling_update_policy=sagemaker.CfnEndpoint.RollingUpdatePolicyProperty(
-                    maximum_batch_size=percent(50),
-                    rollback_maximum_batch_size=percent(100),
-                    wait_interval_in_seconds=BAKE_SECONDS,
-                ),
-            )
-        # a part of the new fleet takes traffic first, at most half of it; one instance has no such part
-        kind = settings.update if settings.instances > 1 else "all_at_once"
-        return sagemaker.CfnEndpoint.DeploymentConfigProperty(
-            auto_rollback_configuration=rollback,
-            blue_green_update_policy=sagemaker.CfnEndpoint.BlueGreenUpdatePolicyProperty(
-                traffic_routing_configuration=sagemaker.CfnEndpoint.TrafficRoutingConfigProperty(
-                    type=kind.upper(),
-                    canary_size=percent(10) if kind == "canary" else None,
-                    linear_step_size=percent(25) if kind == "linear" else None,
-                    wait_interval_in_seconds=STEP_SECONDS,
-                ),
-                termination_wait_in_seconds=BAKE_SECONDS,
-            ),
-        )
-
-    def _scale(self, settings: GpuSettings, hours: Hours | None) -> None:
-        most = settings.max_instances or settings.instances
-        target = autoscaling.ScalableTarget(
-            self,
-            "Scaling",
-            service_namespace=autoscaling.ServiceNamespace.SAGEMAKER,
-            scalable_dimension="sagemaker:variant:DesiredInstanceCount",
-            resource_id=f"endpoint/{self.name}/variant/{VARIANT}",
-            min_capacity=settings.instances,
-            max_capacity=most,
-        )
-        target.node.add_dependency(self.endpoint)
-        if settings.max_instances is not None:
-            target.scale_to_track_metric(
-                "Concurrency",
-                predefined_metric=(
-                    autoscaling.PredefinedMetric.SAGEMAKER_VARIANT_CONCURRENT_REQUESTS_PER_MODEL_HIGH_RESOLUTION
-                ),
-                target_value=settings.concurrency,
-                scale_in_cooldown=cdk.Duration.minutes(10),
-                scale_out_cooldown=cdk.Duration.minutes(1),
-            )
-        if hours is not None:
-            zone = cdk.TimeZone.of(hours.timezone)
-            # an endpoint without inference components keeps one instance
-            for name, hour, least, upto in (
-                ("Wake", hours.start, settings.instances, most),
-                ("Sleep", hours.end, 1, 1),
-            ):
-                target.scale_on_schedule(
-                    name,
-                    schedule=autoscaling.Schedule.expression(f"cron(0 {hour} ? * {hours.days} *)"),
-                    time_zone=zone,
-                    min_capacity=least,
-                    max_capacity=upto,
-                )

@@ -3,7 +3,6 @@
 import aws_cdk as cdk
 from aws_cdk import aws_directconnect as directconnect
 from aws_cdk import aws_ec2 as ec2
-from aws_cdk import aws_logs as logs
 from aws_cdk import aws_route53resolver as resolver
 from constructs import Construct
 
@@ -69,7 +68,7 @@ class LinkStack(cdk.Stack):
     def _vpn(self, settings: LinkSettings, gateway: ec2.CfnVPNGateway, storage: StorageStack) -> None:
         assert settings.peer is not None
         peer = ec2.CfnCustomerGateway(self, "Peer", type="ipsec.1", ip_address=settings.peer, bgp_asn=settings.asn)
-        log = logs.LogGroup(self, "TunnelLog", encryption_key=storage.key, retention=logs.RetentionDays.ONE_MONTH)
+        log = storage.log_group(self, "TunnelLog")
         tunnel = ec2.CfnVPNConnection.VpnTunnelOptionsSpecificationProperty(
             # what is older than this has known weaknesses; the other end has to be able to as well
             ike_versions=[ec2.CfnVPNConnection.IKEVersionsRequestListValueProperty(value="ikev2")],

@@ -3,7 +3,6 @@
 import aws_cdk as cdk
 from aws_cdk import aws_ec2 as ec2
 from aws_cdk import aws_iam as iam
-from aws_cdk import aws_logs as logs
 from constructs import Construct
 
 from infra.principals import own_service
@@ -136,7 +135,7 @@ class NetworkStack(cdk.Stack):
             # to empty the default group would take a Lambda function; nothing is ever placed into it
             restrict_default_security_group=False,
         )
-        group = logs.LogGroup(self, "FlowLogGroup", encryption_key=storage.key, retention=logs.RetentionDays.ONE_MONTH)
+        group = storage.log_group(self, "FlowLogGroup")
         role = iam.Role(self, "FlowLogRole", assumed_by=own_service(self, "vpc-flow-logs.amazonaws.com"))
         vpc.add_flow_log("FlowLog", destination=ec2.FlowLogDestination.to_cloud_watch_logs(group, role))
         return vpc

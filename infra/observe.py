@@ -5,20 +5,16 @@ from dataclasses import dataclass
 import aws_cdk as cdk
 from aws_cdk import aws_cloudwatch as cloudwatch
 from aws_cdk import aws_ecs as ecs
-from aws_cdk import aws_events as events
-from aws_cdk import aws_events_targets as targets
-from aws_cdk import aws_iam as iam
 from aws_cdk import aws_iot as iot
-from aws_cdk import aws_kms as kms
 from aws_cdk import aws_logs as logs
-from aws_cdk import aws_sns as sns
-from aws_cdk import aws_sns_subscriptions as subscriptions
 from constructs import Construct
 
 from infra.budget import Budget
 from infra.cpu import CpuStack
 from infra.gateway import GatewayStack
-from infra.gpu import VARIANT, GpuStack
+from infra.gpu import GpuStack
+from infra.instances import VARIANT
+from infra.notices import tell
 from models.config import Environment, ObserveSettings
 from models.release import Release
 
@@ -77,7 +73,7 @@ class ObserveStack(cdk.Stack):
         for row in rows:
             dashboard.add_widgets(*row)
         self._trace([service.log_group for service in services.values()])
-        self._tell(settings)
+        tell(self, settings.email, self._prefix)
         Budget(self, "Budget", settings=settings, name=f"{self._prefix}monthly")
 
     def _title(self, release: Release) -> cloudwatch.TextWidget:
@@ -179,20 +175,13 @@ class ObserveStack(cdk.Stack):
             period=FIVE,
         )
         self._alarm("feedback-late", late, 1800, "Feedback has not reached the data bucket for half an hour")
-        widgets: list[cloudwatch.IWidget] = [cloudwatch.GraphWidget(title="feedback: events", left=[events_in])]
-        if not public:
-            return widgets
-        api = gateway.api
-        asked = api.metric_count(statistic="Sum", period=FIVE)
-        failed = api.metric_server_error(statistic="Sum", period=FIVE)
-        slow = api.metric_latency(statistic="p99", period=FIVE)
-        self._silent("gateway-silent", asked, "Nobody asked the gateway for 15 minutes")
-        self._alarm("gateway-errors", failed, 5, "The entry answers with a status of 500 or more")
-        self._alarm("gateway-slow", slow, 2 * settings.p99_ms, "99 % of the answers at the entry take longer, in ms")
+        self._silent(
+            "gateway-silent", _requests(gateway, FIVE, public=public), "Nobody asked the gateway for 15 minutes"
+        )
         # what shoppers do with answers changes when the model no longer fits them, or when they have changed
         share = cloudwatch.MathExpression(
             expression="events / requests",
-            using_metrics={"events": events_in, "requests": api.metric_count(statistic="Sum", period=HOUR)},
+            using_metrics={"events": events_in, "requests": _requests(gateway, HOUR, public=public)},
             period=HOUR,
             label="events of feedback a request",
         )
@@ -209,10 +198,20 @@ class ObserveStack(cdk.Stack):
                 alarm_description="Drift: shoppers act on answers otherwise than in the two weeks before",
             )
         )
-        return [
-            cloudwatch.GraphWidget(title="gateway: requests", left=[asked, failed]),
-            cloudwatch.GraphWidget(title="gateway: latency in ms", left=[slow]),
+        widgets: list[cloudwatch.IWidget] = [
+            cloudwatch.GraphWidget(title="feedback: events", left=[events_in]),
             cloudwatch.GraphWidget(title="feedback: events a request", left=[share]),
+        ]
+        if not public:
+            return widgets
+        failed = gateway.api.metric_server_error(statistic="Sum", period=FIVE)
+        slow = gateway.api.metric_latency(statistic="p99", period=FIVE)
+        self._alarm("gateway-errors", failed, 5, "The entry answers with a status of 500 or more")
+        self._alarm("gateway-slow", slow, 2 * settings.p99_ms, "99 % of the answers at the entry take longer, in ms")
+        return [
+            cloudwatch.GraphWidget(title="gateway: requests", left=[_requests(gateway, FIVE, public=True), failed]),
+            cloudwatch.GraphWidget(title="gateway: latency in ms", left=[slow]),
+            *widgets,
         ]
 
     def _edge(self, thing_group: str) -> list[cloudwatch.IWidget]:
@@ -238,7 +237,13 @@ class ObserveStack(cdk.Stack):
             statistic="Maximum",
             period=HOUR,
         )
-        self._alarm("edge-stale", stale, 0, "A device was not connected for a day: its model may be stale", periods=24)
+        self._alarm(
+            "edge-stale",
+            stale,
+            0,
+            "A device was not connected in each hour of a day: its model may be stale",
+            periods=24,
+        )
         return [cloudwatch.GraphWidget(title="edge: devices that are not connected", left=[stale], width=24)]
 
     def _trace(self, groups: list[logs.ILogGroup]) -> None:
@@ -255,51 +260,13 @@ class ObserveStack(cdk.Stack):
             log_groups=groups,
         )
 
-    def _tell(self, settings: ObserveSettings) -> None:
-        """Tell of alarms and of failed deployments, jobs and devices; by EventBridge, so that no stack knows the topic."""
-        key = kms.Key(self, "Key", description="Messages about alarms", enable_key_rotation=True)
-        topic = sns.Topic(self, "Topic", master_key=key, enforce_ssl=True)
-        topic.add_subscription(subscriptions.EmailSubscription(settings.email))
-        key.add_to_resource_policy(
-            iam.PolicyStatement(
-                principals=[iam.ServicePrincipal("events.amazonaws.com")],
-                actions=["kms:Decrypt", "kms:GenerateDataKey"],
-                resources=["*"],  # in a key policy this means the key itself
-                conditions={"StringEquals": {"aws:SourceAccount": self.account}},
-            )
-        )
-        patterns = {
-            "Alarms": events.EventPattern(
-                source=["aws.cloudwatch"],
-                detail_type=["CloudWatch Alarm State Change"],
-                detail={"alarmName": [{"prefix": self._prefix}], "state": {"value": ["ALARM"]}},
-            ),
-            "Deployments": events.EventPattern(
-                source=["aws.ecs"],
-                detail_type=["ECS Deployment State Change"],
-                detail={"eventName": ["SERVICE_DEPLOYMENT_FAILED"]},
-            ),
-            "Endpoints": events.EventPattern(
-                source=["aws.sagemaker"],
-                detail_type=["SageMaker Endpoint State Change"],
-                detail={
-                    "EndpointName": [{"prefix": self._prefix}],
-                    "EndpointStatus": ["FAILED", "UPDATE_ROLLBACK_FAILED"],
-                },
-            ),
-            "Jobs": events.EventPattern(
-                source=["aws.ecs"],
-                detail_type=["ECS Task State Change"],
-                detail={
-                    "lastStatus": ["STOPPED"],
-                    "containers": {"name": ["run"], "exitCode": [{"anything-but": 0}]},
-                },
-            ),
-            "Devices": events.EventPattern(
-                source=["aws.greengrass"],
-                detail_type=["Greengrass V2 Effective Deployment Status Change"],
-                detail={"effectiveDeploymentStatus": ["FAILED", "REJECTED", "TIMED_OUT"]},
-            ),
-        }
-        for name, pattern in patterns.items():
-            events.Rule(self, name, event_pattern=pattern, targets=[targets.SnsTopic(topic)])
+
+def _requests(gateway: GatewayStack, period: cdk.Duration, *, public: bool) -> cloudwatch.IMetric:
+    """Return how many requests the gateway gets: at the entry, or where there is none at its two groups of tasks."""
+    if public:
+        return gateway.api.metric_count(statistic="Sum", period=period)
+    counts: dict[str, cloudwatch.IMetric] = {
+        f"asked{i}": group.metrics.request_count(period=period) for i, group in enumerate(gateway.service.targets)
+    }
+    expression = " + ".join(f"FILL({name}, 0)" for name in counts)
+    return cloudwatch.MathExpression(expression=expression, using_metrics=counts, period=period, label="requests")

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import aws_cdk as cdk
 from aws_cdk import aws_applicationautoscaling as autoscaling
-from aws_cdk import aws_cloudwatch as cloudwatch
 from aws_cdk import aws_ec2 as ec2
 from aws_cdk import aws_ecs as ecs
 from aws_cdk import aws_elasticloadbalancingv2 as elbv2
@@ -13,9 +12,8 @@ from aws_cdk import aws_iam as iam
 from aws_cdk import aws_logs as logs
 from constructs import Construct
 
-from infra.findings import WILDCARD, acknowledge
 from infra.network import NetworkStack, closed_group
-from infra.principals import own_service
+from infra.shift import alternate, shift_alarms, target_group
 from infra.storage import StorageStack
 from infra.task import Place, bundle_task
 from infra.template import ImageTemplate
@@ -25,8 +23,6 @@ from models.release import Artifact
 CPU_PERCENT = 60
 BAKE = cdk.Duration.minutes(10)  # both revisions stay this long after the last shift, so that a rollback is one rule
 STEP = cdk.Duration.minutes(5)
-SLOW_PERIODS = 3  # minutes of a slow or failing service before a deployment is taken back
-MOST_ERRORS = 5  # answers of a minute with a status of 500 or more
 
 
 @dataclass(frozen=True)
@@ -94,7 +90,9 @@ class InferenceService(Construct):
         self.group.connections.allow_to(network.s3, ec2.Port.tcp(443), "Image layers and bundle from S3")
 
         shifts = sizing.update != "rolling"
-        targets = [self._targets(name, template, network) for name in ("Blue", "Green")[: 2 if shifts else 1]]
+        self.targets = targets = [
+            target_group(self, name, template, network) for name in ("Blue", "Green")[: 2 if shifts else 1]
+        ]
         rule = elbv2.ApplicationListenerRule(
             self,
             "Rule",
@@ -105,12 +103,12 @@ class InferenceService(Construct):
                 [elbv2.WeightedTargetGroup(target_group=group, weight=100 * (not i)) for i, group in enumerate(targets)]
             ),
         )
-        self.alarms = self._alarms(targets, sizing)
+        self.alarms = shift_alarms(self, targets, sizing.slow_ms)
         self.service = self._service(cluster, sizing, task)
         target = self.service.load_balancer_target(
             container_name="serve",
             container_port=template.port,
-            alternate_target=self._alternate(targets, rule) if shifts else None,
+            alternate_target=alternate(self, targets, rule) if shifts else None,
         )
         target.attach_to_application_target_group(targets[0])
         self.group.connections.allow_from(listener, ec2.Port.tcp(template.port), "The load balancer")
@@ -157,101 +155,6 @@ class InferenceService(Construct):
         # a task cannot start before its execution role may pull and log
         service.node.add_dependency(task.obtain_execution_role())
         return service
-
-    def _targets(
-        self, construct_id: str, template: ImageTemplate, network: NetworkStack
-    ) -> elbv2.ApplicationTargetGroup:
-        return elbv2.ApplicationTargetGroup(
-            self,
-            construct_id,
-            vpc=network.vpc,
-            port=template.port,
-            protocol=elbv2.ApplicationProtocol.HTTP,
-            target_type=elbv2.TargetType.IP,
-            deregistration_delay=cdk.Duration.seconds(30),
-            health_check=elbv2.HealthCheck(
-                path=template.health,
-                healthy_http_codes="200",
-                interval=cdk.Duration.seconds(15),
-                timeout=cdk.Duration.seconds(5),
-                healthy_threshold_count=2,
-                unhealthy_threshold_count=3,
-            ),
-        )
-
-    def _alternate(
-        self, targets: list[elbv2.ApplicationTargetGroup], rule: elbv2.ApplicationListenerRule
-    ) -> ecs.AlternateTarget:
-        """Return the second target group, and the role with which ECS moves traffic to it.
-
-        Its statements are those of AmazonECSInfrastructureRolePolicyForLoadBalancers, for this service's resources alone.
-        """
-        statements = [
-            iam.PolicyStatement(
-                actions=[
-                    "elasticloadbalancing:DescribeListeners",
-                    "elasticloadbalancing:DescribeRules",
-                    "elasticloadbalancing:DescribeTargetGroups",
-                    "elasticloadbalancing:DescribeTargetHealth",
-                ],
-                resources=["*"],  # these actions know no resource
-            ),
-            iam.PolicyStatement(actions=["elasticloadbalancing:ModifyRule"], resources=[rule.listener_rule_arn]),
-            iam.PolicyStatement(
-                actions=["elasticloadbalancing:RegisterTargets", "elasticloadbalancing:DeregisterTargets"],
-                resources=[group.target_group_arn for group in targets],
-            ),
-        ]
-        role = iam.Role(
-            self,
-            "ShiftRole",
-            assumed_by=own_service(self, "ecs.amazonaws.com"),
-            inline_policies={"shift": iam.PolicyDocument(statements=statements)},
-        )
-        acknowledge(role, WILDCARD, "The describing actions know no resource; what changes is named.")
-        return ecs.AlternateTarget(
-            "Alternate",
-            alternate_target_group=targets[1],
-            production_listener=ecs.ListenerRuleConfiguration.application_listener_rule(rule),
-            role=role,
-        )
-
-    def _alarms(self, targets: list[elbv2.ApplicationTargetGroup], sizing: Sizing) -> tuple[cloudwatch.Alarm, ...]:
-        """Return the alarms that take a deployment back; of two target groups the worse one counts."""
-        minute = cdk.Duration.minutes(1)
-
-        def worst(name: str, function: str, label: str) -> cloudwatch.MathExpression:
-            if name == "errors":
-                metrics = [
-                    t.metrics.http_code_target(elbv2.HttpCodeTarget.TARGET_5XX_COUNT, period=minute) for t in targets
-                ]
-            else:
-                metrics = [t.metrics.target_response_time(period=minute, statistic="p99") for t in targets]
-            using: dict[str, cloudwatch.IMetric] = {f"{name}{i}": metric for i, metric in enumerate(metrics)}
-            # a group without traffic has no data, and what is missing in one would hide what is there in the other
-            filled = ", ".join(f"FILL({key}, 0)" for key in using)
-            return cloudwatch.MathExpression(
-                expression=f"{function}([{filled}])", using_metrics=using, period=minute, label=label
-            )
-
-        def alarm(construct_id: str, metric: cloudwatch.IMetric, threshold: float, what: str) -> cloudwatch.Alarm:
-            return cloudwatch.Alarm(
-                self,
-                construct_id,
-                metric=metric,
-                threshold=threshold,
-                evaluation_periods=SLOW_PERIODS,
-                datapoints_to_alarm=2,
-                comparison_operator=cloudwatch.ComparisonOperator.GREATER_THAN_THRESHOLD,
-                treat_missing_data=cloudwatch.TreatMissingData.NOT_BREACHING,
-                alarm_description=what,
-            )
-
-        slow = sizing.slow_ms / 1000
-        return (
-            alarm("Errors", worst("errors", "SUM", "5xx"), MOST_ERRORS, "Answers with a status of 500 or more"),
-            alarm("Slow", worst("slow", "MAX", "p99"), slow, "99 % of the answers take longer, in seconds"),
-        )
 
     def _scale(self, sizing: Sizing) -> None:
         scaling = self.service.auto_scale_task_count(min_capacity=sizing.tasks, max_capacity=sizing.max_tasks)

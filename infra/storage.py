@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import aws_cdk as cdk
 from aws_cdk import aws_iam as iam
 from aws_cdk import aws_kms as kms
+from aws_cdk import aws_logs as logs
 from aws_cdk import aws_s3 as s3
 from constructs import Construct
 
@@ -12,6 +13,8 @@ from infra.findings import acknowledge
 from infra.replica import Replica, replicate
 
 ENDPOINT_LOGS = "/aws/sagemaker/Endpoints/"  # before an endpoint's name, the name of its log group
+# what a failed first deployment has just made goes, or the next try would meet its name
+KEPT = cdk.RemovalPolicy.RETAIN_ON_UPDATE_OR_DELETE
 CAPTURE = "capture/"  # below it, in the data bucket, requests and answers of the endpoints
 
 
@@ -49,7 +52,7 @@ class StorageStack(cdk.Stack):
             "Key",
             description="Artifacts and logs of Shipyard",
             enable_key_rotation=True,
-            removal_policy=cdk.RemovalPolicy.RETAIN,
+            removal_policy=KEPT,
         )
         self.key.add_to_resource_policy(_log_groups(self, log_group_prefix))
 
@@ -63,7 +66,7 @@ class StorageStack(cdk.Stack):
             enforce_ssl=True,
             minimum_tls_version=1.2,
             lifecycle_rules=[s3.LifecycleRule(expiration=cdk.Duration.days(365))],
-            removal_policy=cdk.RemovalPolicy.RETAIN,
+            removal_policy=KEPT,
         )
         acknowledge(self.access_log, "AwsSolutions-S1", "It is the log itself: to log it would never end.")
         self.bucket = self._bucket("Artifacts", bucket_name, [])
@@ -102,7 +105,7 @@ class StorageStack(cdk.Stack):
                 s3.LifecycleRule(noncurrent_version_expiration=cdk.Duration.days(90)),
                 *rules,
             ],
-            removal_policy=cdk.RemovalPolicy.RETAIN,
+            removal_policy=KEPT,
         )
 
     def _share(self, readers: Sequence[str]) -> None:
@@ -127,6 +130,24 @@ class StorageStack(cdk.Stack):
                 resources=["*"],  # in a key policy this means the key itself
                 conditions={**condition, "StringEquals": {"kms:ViaService": f"s3.{self.region}.amazonaws.com"}},
             )
+        )
+
+    def log_group(
+        self,
+        scope: Construct,
+        construct_id: str,
+        *,
+        name: str | None = None,
+        retention: logs.RetentionDays = logs.RetentionDays.ONE_MONTH,
+    ) -> logs.LogGroup:
+        """Return a log group of a construct, encrypted with the environment's key; it outlives its stack."""
+        return logs.LogGroup(
+            scope,
+            construct_id,
+            log_group_name=name,
+            encryption_key=self.key,
+            retention=retention,
+            removal_policy=KEPT,
         )
 
     def reading(self, *patterns: str) -> list[iam.PolicyStatement]:

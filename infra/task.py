@@ -6,7 +6,6 @@ from aws_cdk import aws_ecr as ecr
 from aws_cdk import aws_ecr_assets as assets
 from aws_cdk import aws_ecs as ecs
 from aws_cdk import aws_iam as iam
-from aws_cdk import aws_logs as logs
 from constructs import Construct
 
 from infra.findings import ENVIRONMENT, WILDCARD, acknowledge
@@ -145,7 +144,7 @@ def log_driver(scope: Construct, name: str, storage: StorageStack) -> ecs.LogDri
     """Return a log group of the construct, kept for a month and encrypted with the environment's key."""
     return ecs.LogDrivers.aws_logs(
         stream_prefix=name,
-        log_group=logs.LogGroup(scope, "LogGroup", encryption_key=storage.key, retention=logs.RetentionDays.ONE_MONTH),
+        log_group=storage.log_group(scope, "LogGroup"),
     )
 
 

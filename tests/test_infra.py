@@ -408,7 +408,7 @@ def test_artifact_bucket(templates):
     templates["storage"].has_resource(
         "AWS::S3::Bucket",
         {
-            "DeletionPolicy": "Retain",
+            "DeletionPolicy": "RetainExceptOnCreate",
             "UpdateReplacePolicy": "Retain",
             "Properties": {
                 "BucketName": BUCKET,
@@ -435,7 +435,7 @@ def test_every_bucket_is_private_and_wants_tls(templates):
     buckets = templates["storage"].find_resources("AWS::S3::Bucket")
     assert len(buckets) == 3
     for bucket in buckets.values():
-        assert bucket["DeletionPolicy"] == bucket["UpdateReplacePolicy"] == "Retain"
+        assert bucket["DeletionPolicy"] == "RetainExceptOnCreate" and bucket["UpdateReplacePolicy"] == "Retain"
         assert set(bucket["Properties"]["PublicAccessBlockConfiguration"].values()) == {True}
         assert bucket["Properties"]["OwnershipControls"] == {"Rules": [{"ObjectOwnership": "BucketOwnerEnforced"}]}
     policies = templates["storage"].find_resources("AWS::S3::BucketPolicy")
@@ -486,7 +486,7 @@ def test_key_rotates_and_serves_this_environments_logs(templates):
     key = only(templates["storage"], "AWS::KMS::Key")
     assert key["EnableKeyRotation"] is True
     (resource,) = templates["storage"].find_resources("AWS::KMS::Key").values()
-    assert resource["DeletionPolicy"] == resource["UpdateReplacePolicy"] == "Retain"
+    assert resource["DeletionPolicy"] == "RetainExceptOnCreate" and resource["UpdateReplacePolicy"] == "Retain"
     owner, service = key["KeyPolicy"]["Statement"]
     assert owner["Principal"] == {"AWS": f"arn:aws:iam::{ACCOUNT}:root"}
     assert service["Principal"] == {"Service": "logs.us-east-1.amazonaws.com"}

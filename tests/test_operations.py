@@ -104,6 +104,21 @@ def test_silence_is_an_alarm_in_production_alone():
     assert "Nobody asked" not in json.dumps(template.to_json())
 
 
+def test_a_private_gateway_is_watched_at_its_tasks():
+    """There is no entry then whose metrics tell of silence and drift."""
+    stage = make_stage(*ALL, observe=OBSERVE, production=True, gateway={"api": "private"})
+    alarms = {
+        a["Properties"]["AlarmDescription"].split(":")[0]: json.dumps(a["Properties"]["Metrics"])
+        for a in template_of(stage, "observe").find_resources("AWS::CloudWatch::Alarm").values()
+        if "Metrics" in a["Properties"]
+    }
+    for what in ("Nobody asked the gateway for 15 minutes", "Drift"):
+        # both groups: one of them has the requests
+        assert "FILL(asked0, 0) + FILL(asked1, 0)" in alarms[what]
+        assert alarms[what].count('"RequestCount"') == 2
+    assert "events / requests" in alarms["Drift"]
+
+
 def test_alarms_of_every_stack_reach_the_mailbox(observe):
     rules = [rule["Properties"] for rule in observe.find_resources("AWS::Events::Rule").values()]
     patterns = {rule["EventPattern"]["detail-type"][0]: rule["EventPattern"]["detail"] for rule in rules}
@@ -280,7 +295,7 @@ def test_artifacts_are_copied_to_the_second_region(stage):
     replica = template_of(stage, "replica")
     (bucket,) = replica.find_resources("AWS::S3::Bucket").values()
     assert bucket["Properties"]["BucketName"] == copy
-    assert bucket["DeletionPolicy"] == bucket["UpdateReplacePolicy"] == "Retain"
+    assert bucket["DeletionPolicy"] == "RetainExceptOnCreate" and bucket["UpdateReplacePolicy"] == "Retain"
     assert only(replica, "AWS::KMS::Alias")["AliasName"] == f"alias/{copy}"
     assert stage.node.find_child("replica").region == "us-west-2"
     assert {stack.node.id for stack in stage.node.find_child("storage").dependencies} == {"replica"}

@@ -144,15 +144,14 @@ def test_bundles_hold_exactly_these_files(small: Made) -> None:
     }
     assert f"versions: [ {number} ]" in (small.bundle("search") / "model_repository/search/config.pbtxt").read_text()
     assert names("recommend") == names("recommend_types") == names("intent")
-    assert names("recommend") == code | {
+    fusing = {"feedback", "fetch", "fused", "fusion", "gateway", "observed", "targets"}
+    assert names("recommend") == code | {f"serve/{module}.py" for module in fusing | {"score"}} | {
         "bundle.json",
         "catalogue.json",
         "model.onnx",
         "Dockerfile",
         "requirements.txt",
-        "serve/fetch.py",
     }
-    fusing = {"feedback", "fetch", "fused", "fusion", "gateway", "observed", "targets"}
     kept = code - {f"serve/{module}.py" for module in ("batch", "blend", "engine", "runtime", "server")}
     assert names("gateway") == kept | {f"serve/{module}.py" for module in fusing} | {
         "bundle.json",
@@ -188,7 +187,7 @@ def test_bundles_hold_exactly_these_files(small: Made) -> None:
 def test_requirements_of_the_image_are_those_that_the_code_imports(small: Made) -> None:
     tree = small.bundle("recommend")
     pinned = {line.partition("==")[0] for line in (tree / "requirements.txt").read_text().splitlines()}
-    _, libraries = closure(("serve.server", "serve.fetch"))
+    _, libraries = closure(("serve.server", "serve.gateway", "serve.score", "serve.fetch"))
     assert pinned >= {canonicalize_name(name) for name in libraries} | {"botocore", "h11", "click"}
 
 

@@ -9,8 +9,9 @@ from aws_cdk.assertions import Template
 from conftest import ROOT
 
 from infra.reach import READS, WRITES, role_table, roles, way_table, ways
+from infra.tables import listed
 from tests.test_infra import ACCOUNT, edge, gateway, make_stage, plain, recommend, search
-from tests.test_operations import DELIVERY, LINK, OBSERVE
+from tests.test_operations import DELIVERY, LINK, OBSERVE, TRAINING
 from tests.test_policies import JOB
 from tests.test_stacks import ORDER
 
@@ -33,6 +34,7 @@ def templates():
         observe=OBSERVE,
         link=LINK,
         delivery=DELIVERY,
+        training=TRAINING,
         replica="us-west-2",
         production=True,
         gpu={"capture_percent": 5},
@@ -83,6 +85,39 @@ def test_no_row_of_a_table_of_claims_is_without_a_test():
         assert rows and [row for row in rows if not CLAIM.fullmatch(row)] == []
 
 
+def test_data_is_kept_as_long_as_the_page_says(templates):
+    def rules(name):
+        [bucket] = [
+            resource["Properties"]
+            for logical, resource in templates["storage"]["Resources"].items()
+            if resource["Type"] == "AWS::S3::Bucket" and logical.startswith(name)
+        ]
+        return bucket["LifecycleConfiguration"]["Rules"]
+
+    for name in ("Artifacts", "Data"):
+        assert {"NoncurrentVersionExpiration": {"NoncurrentDays": 90}, "Status": "Enabled"} in rules(name)
+        assert [rule for rule in rules(name) if "ExpirationInDays" in rule and rule.get("Prefix") != "capture/"] == []
+    assert {"ExpirationInDays": 30, "Prefix": "capture/", "Status": "Enabled"} in rules("Data")
+    assert rules("AccessLog") == [{"ExpirationInDays": 365, "Status": "Enabled"}]
+    days = {
+        f"{stack}: {name}": resource["Properties"]["RetentionInDays"]
+        for stack, template in templates.items()
+        for name, resource in template["Resources"].items()
+        if resource["Type"] == "AWS::Logs::LogGroup"
+    }
+    assert {name for name, kept in days.items() if kept != 30} == {name for name in days if "AccessLog" in name}
+    assert {kept for name, kept in days.items() if "AccessLog" in name} == {90}
+
+
+def test_eventbridge_alone_uses_the_key_of_the_alarms(templates):
+    [key] = [r["Properties"] for r in templates["observe"]["Resources"].values() if r["Type"] == "AWS::KMS::Key"]
+    assert {s["Principal"].get("Service", "the account") for s in key["KeyPolicy"]["Statement"]} == {
+        "the account",
+        "events.amazonaws.com",
+    }
+    assert key["EnableKeyRotation"] is True
+
+
 # --- what one role reaches ---------------------------------------------------------------------------------------------
 
 
@@ -90,19 +125,23 @@ def faults(made):
     """Return what no role of ours may do, as (role, action)."""
     found = []
     for name, role in made.items():
-        for action, resource in role.allowed:
-            service, _, verb = action.partition(":")
-            lasting = verb.startswith(("Delete", "Schedule", "Disable")) and service in ("s3", "kms", "logs")
-            governs = service in ("s3", "kms", "iam") and verb.startswith(
-                ("Put", "Create", "Attach", "Update", "Detach")
-            )
-            own = action in (
-                "s3:PutObject",
-                *(("iam:AttachRolePolicy", "iam:DetachRolePolicy") if "Budget" in name else ()),
-            )
-            passes = action == "iam:PassRole" and "*" in resource
-            if lasting or (governs and not own) or passes or "*" in action:
-                found.append((name, action))
+        for statement in role.statements:
+            condition = str(statement.get("Condition", ""))
+            for action in listed(statement["Action"]):
+                service, _, verb = action.partition(":")
+                lasting = verb.startswith(("Delete", "Schedule", "Disable")) and service in ("s3", "kms", "logs")
+                changes = verb.startswith(("Put", "Create", "Attach", "Update", "Detach"))
+                own = (
+                    action == "s3:PutObject"
+                    # of its own disk, by way of the service
+                    or (action == "kms:CreateGrant" and "kms:GrantIsForAWSResource" in condition)
+                    # one policy, which forbids
+                    or (action in ("iam:AttachRolePolicy", "iam:DetachRolePolicy") and "iam:PolicyARN" in condition)
+                )
+                governs = changes and service in ("s3", "kms", "iam") and not own
+                passes = action == "iam:PassRole" and "*" in str(statement["Resource"])
+                if lasting or governs or passes or "*" in action:
+                    found.append((name, action))
     return found
 
 
@@ -129,13 +168,15 @@ def test_a_role_that_could_is_found(templates, action):
 def test_release_alone_writes_artifacts(made):
     writes = {name: role.resources(WRITES) for name, role in made.items() if role.resources(WRITES)}
     assert writes == {
-        "delivery: Release": ["storage.Artifacts/artifacts/\\*"],
+        # the other is the register of promotions: neither a service nor a device reads it
+        "delivery: Release": ["storage.Artifacts/artifacts/\\*", "storage.Artifacts/delivery/\\*"],
         "storage: ArtifactsReplicationRole": [
             f"arn:aws:s3:::shipyard-dev-artifacts-{ACCOUNT}-us-west-2/artifacts/\\*",
         ],
         "gpu: searchRole": ["storage.Data/capture/search/\\*"],
         "cpu: recommendscoreRole": ["storage.Data/scoring/out/recommend/\\*"],
         "cpu: jobupdateRole": ["storage.Data/updates/\\*"],
+        "training: Role": ["storage.Data/training/checkpoints/\\*", "storage.Data/training/jobs/\\*"],
         "gateway: FeedbackRole": ["storage.Data/feedback-failed/\\*", "storage.Data/feedback/\\*"],
     }
 
@@ -174,6 +215,7 @@ def test_who_reads_what_shoppers_did(made):
     assert {name: found for name, found in reads.items() if found} == {
         "cpu: recommendscoreRole": ["storage.Data/scoring/in/\\*"],
         "cpu: jobupdateRole": ["storage.Data/feedback/\\*"],
+        "training: Role": ["storage.Data/training/\\*"],
     }
 
 

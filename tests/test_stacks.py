@@ -1,4 +1,4 @@
-"""docs/stacks.md: the diagram and tables of all stacks are those of the templates; and what no other test asserts."""
+"""docs/stacks.md and docs/deployment.md are those of the templates; and what no other test asserts."""
 
 import json
 import os
@@ -10,6 +10,7 @@ from conftest import ROOT
 
 from infra.diagram import SHOWN, diagram
 from infra.tables import page
+from models.config import load_fleet
 from models.release import ShipyardError
 from shipyard.local.recorded import RECORDED, check_types
 from tests.test_operations import ALL, DELIVERY, LINK, OBSERVE, TRAINING, make_stage
@@ -159,3 +160,55 @@ def test_role_alias_is_that_of_the_devices_role(templates):
     [alias] = of(templates, "edge", "AWS::IoT::RoleAlias")
     roles = [name for name, r in templates["edge"]["Resources"].items() if r["Type"] == "AWS::IAM::Role"]
     assert alias["RoleArn"] == {"Fn::GetAtt": [roles[0], "Arn"]} and len(roles) == 1
+
+
+# --- docs/deployment.md ------------------------------------------------------------------------------------------------
+
+DEPLOYMENT = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
+
+
+def test_what_a_destruction_keeps_is_told(templates):
+    kept = {}
+    for stack, template in templates.items():
+        kinds = {
+            resource["Type"]
+            for resource in template["Resources"].values()
+            if resource.get("DeletionPolicy", "Delete") != "Delete"
+        }
+        if kinds:
+            kept[stack] = ", ".join(sorted(kinds))
+    part = DEPLOYMENT.partition("## The end\n")[2].partition("\n## ")[0]
+    told = dict(re.findall(r"^\| (\w+) \| (AWS::[^|]+?) \|", part, flags=re.M))
+    assert told == kept
+
+
+def test_named_resources_of_a_failed_first_deployment_go(templates):
+    """Else the next try would meet their names."""
+    for stack, template in templates.items():
+        for name, resource in template["Resources"].items():
+            named = {"BucketName", "LogGroupName"} & resource.get("Properties", {}).keys()
+            if named and resource.get("DeletionPolicy", "Delete") != "Delete":
+                assert resource["DeletionPolicy"] == "RetainExceptOnCreate", (stack, name)
+
+
+def test_quotas_are_those_of_production(templates):
+    env = load_fleet(ROOT / "fleet.toml").env["prod"]
+    release = json.loads((ROOT / "releases" / f"{env.release}.json").read_text(encoding="utf-8"))
+    services = sum(artifact["kind"] == "image-context" for artifact in release["artifacts"])
+    least = services * env.cpu.tasks * env.cpu.cpu + env.gateway.tasks * env.gateway.cpu
+    rows = dict(re.findall(r"^\| ([^|]+?): [^|]+ \| [^|]+ \| ([^|]+?) \|$", DEPLOYMENT, flags=re.M))
+    assert rows["SageMaker"] == str(2 * env.gpu.max_instances)
+    # everything scales to four times its tasks
+    assert env.cpu.max_tasks is None
+    assert rows["Fargate"] == f"{2 * least // 1024}, and up to {8 * least // 1024} when everything is scaled out"
+    endpoints = of(templates, "network", "AWS::EC2::VPCEndpoint")
+    assert rows["VPC"] == str(sum(endpoint["VpcEndpointType"] == "Interface" for endpoint in endpoints))
+
+
+def test_every_verb_of_the_page_is_there():
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for verb in re.findall(r"`?make ([a-z-]+)", DEPLOYMENT):
+        assert re.search(rf"^{verb}:", text, flags=re.M), verb
+    cli = (ROOT / "packaging" / "shipyard" / "cli.py").read_text(encoding="utf-8")
+    for verb in re.findall(r"shipyard ([a-z]+) ", DEPLOYMENT):
+        assert f'"{verb}"' in cli, verb

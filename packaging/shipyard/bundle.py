@@ -116,8 +116,9 @@ def bundle(
         write_tar_gz(tree / "model_repository", tree / ARCHIVE)
     if place == "cpu":
         _write(tree / "Dockerfile", DOCKERFILE)
-        _write(tree / "requirements.txt", requirements(CPU_PACKAGES))
-        _copy_code(tree / "serve", "serve.server", "serve.fetch")
+        # one image for the whole cluster: it serves, it fuses, and it scores offline
+        _write(tree / "requirements.txt", requirements(tuple({*CPU_PACKAGES, *GATEWAY_PACKAGES})))
+        _copy_code(tree / "serve", "serve.server", "serve.gateway", "serve.score", "serve.fetch")
     document = {
         "schema": SCHEMA,
         "name": kebab,
@@ -176,6 +177,7 @@ def _image_template(kebab: str, key: str) -> dict[str, Any]:
         "fetch": ["-m", "serve.fetch", f"s3://@BUCKET@/{key}", "--artifact", kebab, "--into", "/model"],
         "serve": ["-m", "serve.server", "--bundle", "/model", "--artifact", kebab, "--host", "0.0.0.0",  # noqa: S104
                   "--port", "8080", "--prefix", f"/{kebab}", "--drain", "15"],
+        "score": ["-m", "serve.score", "s3://@DATA@/scoring/", "--bundle", "/model", "--artifact", kebab],
         "port": 8080, "health": "/readyz", "mount": "/model",
     }  # fmt: skip
 
@@ -219,6 +221,7 @@ def bundle_gateway(
 def _gateway_template(key: str) -> dict[str, Any]:
     """Return what a stack needs to fetch the gateway's bundle at `key` and to serve it."""
     template = _image_template("gateway", key)
+    del template["score"]
     template["serve"] = [
         "-m", "serve.gateway", "--bundle", template["mount"], "--artifact", "gateway", "--host", "0.0.0.0",  # noqa: S104
         "--port", "8080", "--search", "sagemaker:@ENDPOINT@", "--cluster", "@CLUSTER_URL@", "--feedback",

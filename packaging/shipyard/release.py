@@ -294,6 +294,8 @@ class Line:
             work,
             f"models.{name}",
             "serve.server",
+            "serve.gateway",
+            "serve.score",
             "serve.fetch",
         )
 
