@@ -33,6 +33,7 @@ from shipyard import cli, promote, register
 from shipyard.keys import write_public
 from shipyard.pin import pin
 from shipyard.register import LOCK, Lost, lock, open_register
+from shipyard.verbs import VERBS
 from tests.test_infra import recommend, search
 from tests.test_trust import interval, sample_body
 
@@ -683,3 +684,17 @@ def test_a_comment_behind_the_release_and_other_line_ends_stay(tmp_path):
     path.write_bytes(b'[env.dev]\r\nrelease   =  "a"  # ours\r\nx = 1\r\n')
     assert pin(path, "dev", "b")
     assert path.read_bytes() == b'[env.dev]\r\nrelease   =  "b"  # ours\r\nx = 1\r\n'
+
+
+# --- the page ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_case_of_the_page_has_its_test():
+    rows = re.findall(r"^\|[^|]+\|[^|]+\| `(tests/\w+\.py)::(\w+)` \|$", (ROOT / "docs/delivery.md").read_text(), re.M)
+    assert len(rows) == len(set(rows)) >= 40
+    assert [test for file, test in rows if f"def {test}(" not in (ROOT / file).read_text()] == []
+
+
+def test_every_verb_of_the_page_is_one():
+    page = (ROOT / "docs/delivery.md").read_text()
+    assert set(re.findall(r"^shipyard (\w+) ", page, re.M)) == VERBS.keys()
