@@ -11,6 +11,10 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from models.images import TRITON_ACCOUNTS as TRITON_ACCOUNTS
+from models.images import TRITON_REPOSITORY as TRITON_REPOSITORY
+from models.images import triton_account as triton_account
+from models.images import triton_image as triton_image
 from models.places import CpuSettings as CpuSettings
 from models.places import DeliverySettings as DeliverySettings
 from models.places import GatewaySettings as GatewaySettings
