@@ -25,7 +25,7 @@ from infra.replica import Replica, ReplicaStack
 from infra.rules import check_templates
 from infra.storage import StorageStack
 from infra.template import placeholders
-from models.approval import check_promoted, check_withdrawn, require_approval
+from models.approval import check_promoted, check_standing, require_approval
 from models.config import Fleet, load_fleet
 from models.release import Release, ShipyardError, check_papers, load_keys, read_release, trusted_key
 
@@ -99,7 +99,7 @@ def build(app: cdk.App, root: Path) -> None:
         keys = load_keys(trusted)
         oldest = 0 if app.node.try_get_context("allow-older") == "true" else fleet.project.minimum_sequence
         release = read_release(path, keys, oldest)
-        check_withdrawn(path)
+        check_standing(path, release)
         # what is deployed from fleet.toml is never excused
         if not release_path or app.node.try_get_context("unapproved") != "true":
             require_approval(release, name, env, path.parent, trusted)
@@ -110,7 +110,7 @@ def build(app: cdk.App, root: Path) -> None:
         if env.gpu.shadow is not None:
             _check_there(name, shadow_path := path.parent / f"{env.gpu.shadow}.json")
             shadow = read_release(shadow_path, keys)
-            check_withdrawn(shadow_path)
+            check_standing(shadow_path, shadow)
         check_release(name, env, release, shadow)
         FleetStage(app, name, fleet=fleet, release=release, shadow=shadow, signer=trusted_key(release, keys))
 

@@ -14,7 +14,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pydantic import Field, ValidationError
 
 from models.config import Environment, Fleet, Name, Settings, explain
-from models.release import Keys, Release, Sha256, Signature, Signer, load_keys
+from models.lineage import Sha256, check_papers
+from models.release import Keys, Release, Signature, Signer, load_keys
 from serve.errors import ShipyardError
 from serve.files import read_json
 from serve.trust import Revoked, algorithm, canonical, key_id, verify
@@ -102,6 +103,12 @@ def hold_gates(release: Release, fleet: Fleet) -> tuple[HeldGate, ...]:
             f"gate: release {release.version}: its profile is not in fleet.toml", value=release.profile,
             allowed=", ".join(fleet.profile), mend="bring the profile with its gates back",
         )  # fmt: skip
+    for told in release.gates:
+        if not told.passed:
+            raise ShipyardError(
+                f"gate: release {release.version}: {told.of}: {told.gate} was missed when it was made",
+                value=told.figure if told.low is None else told.low, allowed=told.bound, mend="make another release",
+            )  # fmt: skip
     held = []
     for name, submodel in sorted(release.submodels.items()):
         gate = profile.gate.get(name, profile.default_gate)
@@ -311,6 +318,16 @@ def check_withdrawn(path: Path) -> None:
             value=reason,
             mend="name another release, or roll back: shipyard rollback ENV",
         )
+
+
+def check_standing(path: Path, release: Release) -> None:
+    """Refuse a release that is revoked, or whose papers, as its provenance, are not those that were signed with it.
+
+    Raises:
+        ShipyardError: it is revoked, or a paper is missing or was changed.
+    """
+    check_withdrawn(path)
+    check_papers(path, release.papers)
 
 
 def check_signer(key: Signer, keys: Keys, what: str, folder: Path) -> None:

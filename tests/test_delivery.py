@@ -97,9 +97,9 @@ class Project:
     def fleet(self):
         return load_fleet(self.fleet_file)
 
-    def release(self, number, *, after=0.3, key=None, parts=None):
-        key = key or self.signer
-        body = sample_body(key, after=after) | {"sequence": number}
+    def release(self, number, *, parts=None, **more):
+        key = self.signer
+        body = sample_body(key) | {"sequence": number} | more
         made = parts or (search(), recommend())
         body["artifacts"] = [real_artifact(part, key, self.store, b"%d" % number) for part in made]
         found = sign(body, "0.1.0", key)
@@ -452,6 +452,32 @@ def test_a_promotion_of_a_release_whose_provenance_was_changed_is_refused(projec
     document["source"]["code_sha256"] = "0" * 64
     path.write_text(json.dumps(document))
     assert "changed after it was signed" in refused(capsys, project.run("promote", "dev", "staging"))
+
+
+def test_a_release_whose_papers_were_changed_is_refused(project, aws, capsys, synth):
+    content = b'{"payloadType": "application/vnd.in-toto+json"}\n'
+    paper = {"name": "provenance.intoto.jsonl", "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    found = project.release(3, papers=[paper])
+    folder = project.path(found).with_suffix("")
+    folder.mkdir()
+    (folder / paper["name"]).write_bytes(content)
+    project.pin("dev", found)
+    project.pin("prod", found)
+    assert project.run("approve", found.version, "prod") == project.run("promote", "dev", "staging", "--dry-run") == 0
+    assert synth() == [found.version]
+    (folder / paper["name"]).write_bytes(content.replace(b"in-toto", b"in_toto"))
+    capsys.readouterr()
+    for verb in (("approve", found.version, "prod"), ("promote", "dev", "staging")):
+        assert "provenance.intoto.jsonl: changed after it was signed" in refused(capsys, project.run(*verb))
+    with pytest.raises(ShipyardError, match=r"provenance.intoto.jsonl: changed after it was signed"):
+        synth()
+
+
+def test_a_release_that_says_that_it_missed_a_gate_is_refused(project, aws, capsys):
+    gate = {"of": "recommend", "gate": "loss", "figure": 0.03, "low": None, "bound": 0.01, "passed": False}
+    found = project.release(3, gates=[gate])
+    for verb in (("approve", found.version, "prod"), ("promote", "dev", "staging", "--release", found.version)):
+        assert "recommend: loss was missed when it was made; value: 0.03" in refused(capsys, project.run(*verb))
 
 
 def test_a_promotion_of_a_revoked_release_is_refused(project, aws, capsys):

@@ -17,7 +17,7 @@ from models.approval import (
     approver_keys,
     check_approval,
     check_signer,
-    check_withdrawn,
+    check_standing,
     hold_gates,
     parse,
     sign_approval,
@@ -88,7 +88,7 @@ def approve(chosen: argparse.Namespace, fleet: Fleet, home: Path, reporter: Repo
     releases = chosen.fleet.resolve().parent / "releases"
     path = releases / f"{chosen.version}.json"
     found = read_release(path, load_keys(releases / "keys"), fleet.project.minimum_sequence)
-    check_withdrawn(path)
+    check_standing(path, found)
     gates = hold_gates(found, fleet)
     trusted, file = approver_keys(releases / "keys"), approval_path(releases, chosen.env, chosen.version)
     if file.exists():

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from models.approval import check_withdrawn, require_approval
+from models.approval import check_standing, require_approval
 from models.config import Environment, Fleet
 from models.release import Keys, Release, load_keys, read_release, trusted_key
 from shipyard import live, rollout
@@ -44,7 +44,7 @@ def main(chosen: argparse.Namespace, fleet: Fleet, around: Surroundings, reporte
         print(json.dumps(told) if chosen.json else live.table(rows))
         return 0 if same else DIFFERS
     path = root / "releases" / f"{found.version}.json"
-    check_withdrawn(path)
+    check_standing(path, found)
     require_approval(found, chosen.env, fleet.env[chosen.env], root / "releases", root / "releases" / "keys")
     targets = Targets(chosen, fleet, around, reporter, register, services).all(found)
     good = chosen.good or before(register, found.version)

@@ -17,7 +17,7 @@ from models.approval import (
     approval_path,
     check_chain,
     check_signer,
-    check_withdrawn,
+    check_standing,
     hold_gates,
     parse,
     release_digest,
@@ -62,7 +62,7 @@ class Desk:
         path = self.releases / f"{version}.json"
         oldest = 0 if self.allow_older else self.fleet.project.minimum_sequence
         found = read_release(path, load_keys(self.releases / "keys"), oldest)
-        check_withdrawn(path)
+        check_standing(path, found)
         return found
 
 
