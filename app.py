@@ -25,8 +25,9 @@ from infra.replica import Replica, ReplicaStack
 from infra.rules import check_templates
 from infra.storage import StorageStack
 from infra.template import placeholders
-from models.approval import check_promoted, check_standing, require_approval
+from models.approval import check_standing, require_approval
 from models.config import Fleet, load_fleet
+from models.promotion import check_promoted
 from models.release import Release, ShipyardError, check_papers, load_keys, read_release, trusted_key
 
 ROOT = Path(__file__).resolve().parent

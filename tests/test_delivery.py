@@ -20,13 +20,13 @@ from models.approval import (
     check_approval,
     digest,
     hold_gates,
-    read_promotions,
     release_digest,
     require_approval,
     sign_approval,
     text,
 )
 from models.config import load_fleet
+from models.promotion import read_promotions
 from models.release import File, artifact_key, attest, dump, files_digest, load_keys, sign
 from serve.errors import ShipyardError
 from shipyard import cli, promote, register

@@ -7,7 +7,7 @@ the components of a thing group's latest deployment.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import boto3
 from botocore.exceptions import BotoCoreError, ClientError
@@ -20,22 +20,9 @@ from shipyard.edge import open_clients
 from shipyard.lock import component, edge_artifacts
 from shipyard.promote import PROMOTIONS
 from shipyard.register import Register
-
-State = Literal["ok", "differs", "missing", "not ready", "failed"]
+from shipyard.standing import Row, State
 
 DIGITS = 12
-
-
-@dataclass(frozen=True)
-class Row:
-    """One thing that is live: where, what the release wants there, what is there, and by which configuration."""
-
-    place: str
-    unit: str
-    wanted: str
-    live: str
-    state: State
-    by: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,21 +67,6 @@ def status(services: Services, fleet: Fleet, name: str, release: Release, regist
         last = records[-1]["release"]
         rows.append(Row("record", "promotion", release.version, last, "ok" if last == release.version else "differs"))
     return rows
-
-
-def same(rows: list[Row]) -> bool:
-    """Return whether all that is live is what the release says."""
-    return all(row.state == "ok" for row in rows)
-
-
-def table(rows: list[Row]) -> str:
-    """Return the rows as a table of text."""
-    cells = [("place", "unit", "release says", "is live", "state", "by")]
-    cells += [(row.place, row.unit, row.wanted, row.live, row.state, row.by) for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(5)]
-    return "\n".join(
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(line, [*widths, 0], strict=True)).rstrip() for line in cells
-    )
 
 
 def _short(uri: str, bucket: str, artifact: Artifact) -> str:

@@ -19,6 +19,7 @@ from shipyard.orchestrate import Target, roll_out
 from shipyard.places import Place, deployer
 from shipyard.promote import PROMOTIONS
 from shipyard.register import Register
+from shipyard.standing import Row, same, table
 
 DIFFERS = 3
 
@@ -34,15 +35,15 @@ def main(chosen: argparse.Namespace, fleet: Fleet, around: Surroundings, reporte
     register, services = open_register(fleet, chosen.env), live.open_services(fleet.env[chosen.env])
     if chosen.verb == "status":
         rows = live.status(services, fleet, chosen.env, found, register)
-        same = live.same(rows)
+        matches = same(rows)
         told = {
             "environment": chosen.env,
             "release": found.version,
-            "same": same,
+            "same": matches,
             "rows": [asdict(row) for row in rows],
         }
-        print(json.dumps(told) if chosen.json else live.table(rows))
-        return 0 if same else DIFFERS
+        print(json.dumps(told) if chosen.json else table(rows))
+        return 0 if matches else DIFFERS
     path = root / "releases" / f"{found.version}.json"
     check_standing(path, found)
     require_approval(found, chosen.env, fleet.env[chosen.env], root / "releases", root / "releases" / "keys")
@@ -113,10 +114,10 @@ class Targets:
             self._assemblies[version] = out
         return self._assemblies[version]
 
-    def look(self, *places: str) -> Callable[[str], list[live.Row]]:
+    def look(self, *places: str) -> Callable[[str], list[Row]]:
         """Return what looks at some places."""
 
-        def look(version: str) -> list[live.Row]:
+        def look(version: str) -> list[Row]:
             found = _read(self.root / "releases", version)
             rows = live.status(self.services, self.fleet, self.env, found, self.register)
             return [row for row in rows if row.place in places]

@@ -13,19 +13,17 @@ from typing import Any
 
 from models.approval import (
     HeldGate,
-    Promotion,
     approval_path,
-    check_chain,
     check_signer,
     check_standing,
     hold_gates,
     parse,
     release_digest,
     require_approval,
-    sign_promotion,
     text,
 )
 from models.config import Fleet
+from models.promotion import Promotion, check_chain, sign_promotion
 from models.release import Release, Signer, load_keys, read_release
 from serve.errors import ShipyardError
 from shipyard.pin import pin
