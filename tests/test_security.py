@@ -129,7 +129,7 @@ def test_a_role_that_could_is_found(templates, action):
 def test_release_alone_writes_artifacts(made):
     writes = {name: role.resources(WRITES) for name, role in made.items() if role.resources(WRITES)}
     assert writes == {
-        "delivery: Release": ["storage.Artifacts/artifacts/\\*"],
+        "delivery: Release": ["storage.Artifacts/artifacts/\\*", "storage.Artifacts/delivery/\\*"],
         "storage: ArtifactsReplicationRole": [
             f"arn:aws:s3:::shipyard-dev-artifacts-{ACCOUNT}-us-west-2/artifacts/\\*",
         ],

@@ -44,10 +44,8 @@ def main(chosen: argparse.Namespace, fleet: Fleet, around: Surroundings, reporte
         }
         print(json.dumps(told) if chosen.json else table(rows))
         return 0 if matches else DIFFERS
-    path = root / "releases" / f"{found.version}.json"
-    check_standing(path, found)
-    require_approval(found, chosen.env, fleet.env[chosen.env], root / "releases", root / "releases" / "keys")
-    targets = Targets(chosen, fleet, around, reporter, register, services).all(found)
+    known = Targets(chosen, fleet, around, reporter, register, services)
+    targets = known.all(known.read(found.version))
     good = chosen.good or before(register, found.version)
     done = roll_out(register, targets, found.version, good, chosen.by, reporter.line, give_up=chosen.give_up)
     print(json.dumps(asdict(done)) if chosen.json else f"{chosen.env}: all targets are on {done.release}")
@@ -106,9 +104,22 @@ class Targets:
         targets.append(stack("rest", "*", "gpu", "cpu", "gateway", "edge canary", "edge fleet"))
         return targets
 
+    def read(self, version: str) -> Release:
+        """Read a release that is about to be deployed: the state that names the one to return to is signed by nobody.
+
+        Raises:
+            ShipyardError: it is not to be trusted, is revoked, or is not approved for this environment.
+        """
+        releases = self.root / "releases"
+        found = _read(releases, version)
+        check_standing(releases / f"{version}.json", found)
+        require_approval(found, self.env, self.settings, releases, releases / "keys")
+        return found
+
     def assembly(self, version: str) -> Path:
         """Synthesize the environment with a release, once; return the folder."""
         if version not in self._assemblies:
+            self.read(version)
             out = self.root / "build" / "rollout" / self.env / version
             self.around.synth(self.fleet_file, out, self.reporter, self.env, self.root / "releases" / f"{version}.json")
             self._assemblies[version] = out
@@ -127,7 +138,7 @@ class Targets:
     def publish(self, version: str) -> None:
         """Publish a release's components and roll them out, the canaries first, judged by the devices' own word."""
         keys: Keys = load_keys(self.root / "releases" / "keys")
-        found = _read(self.root / "releases", version)
+        found = self.read(version)
         where = {"account": self.settings.account, "region": self.settings.region}
         # the archives lie in the bucket since the promotion; deltas are made of what this machine has
         store = open_store(self.fleet, self.env)
