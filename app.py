@@ -29,7 +29,7 @@ from infra.training import TrainingStack
 from models.approval import check_standing, require_approval
 from models.config import Fleet, load_fleet
 from models.promotion import check_promoted
-from models.release import Release, ShipyardError, check_papers, load_keys, read_release, trusted_key
+from models.release import Release, ShipyardError, load_keys, read_release, trusted_key
 
 ROOT = Path(__file__).resolve().parent
 SLOW_MS = 500  # of an environment that nobody watches
@@ -118,7 +118,6 @@ def build(app: cdk.App, root: Path) -> None:
             require_approval(release, name, env, path.parent, trusted)
         if not release_path:
             check_promoted(release, name, env, path.parent, keys)
-        check_papers(path, release.papers)
         shadow = None
         if env.gpu.shadow is not None:
             _check_there(name, shadow_path := path.parent / f"{env.gpu.shadow}.json")

@@ -5,7 +5,7 @@ A step that does not do what it should raises, so that the cycle ends there.
 
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,7 @@ from shipyard.local.cloud import Cloud, local_cloud
 from shipyard.local.invoke import Answers, ask, endpoints
 from shipyard.local.recorded import check_types, templates
 from shipyard.local.successor import succeed
-from shipyard.orchestrate import read_rollout, roll_out
-from shipyard.places import Place
-from shipyard.register import Register
 from shipyard.s3 import S3Store
-from shipyard.standing import Row, State
 from shipyard.upload import upload_release
 
 Identities = dict[str, dict[str, tuple[str, str]]]
@@ -72,7 +68,7 @@ class Cycle:
         moved = _moved(started, self._identities())
         yield "update", {"changed": moved, **self.describe(after)}
         yield "invoke next", self.invoke(changed)
-        yield "failed rollout", self.fail({before.version: assembly, after.version: following}, before, after)
+        self.cloud.deploy(assembly, stacks)
         yield "roll back", self.describe(before)
         old = tuple(a for a in _served(before.artifacts) if a.name in {c.name for c in changed})
         again = self.invoke(old)
@@ -111,31 +107,6 @@ class Cycle:
             if not found.get(artifact.name, "").startswith(place):
                 raise ShipyardError(f"{artifact.name}: not served", value=found.get(artifact.name), allowed=place)
         return found
-
-    def fail(self, assemblies: Mapping[str, Path], before: Release, after: Release) -> str:
-        """Roll `after` out and find it ill: the rollout itself has to bring all stacks back; return what it said.
-
-        Raises:
-            ShipyardError: it did not return.
-        """
-        register = Register(self.fleet.bucket(self.env), self.cloud.client("s3"), self.cloud.account)
-
-        def deploy(version: str) -> None:
-            self.cloud.deploy(assemblies[version], f"{self.env}/*")
-
-        def look(version: str) -> list[Row]:
-            self.describe(before if version == before.version else after)
-            ill: State = "failed" if version == after.version else "ok"
-            return [Row("all", self.env, version, version, ill)]
-
-        target = Place("all", deploy, look)
-        try:
-            roll_out(register, [target], after.version, before.version, "deploy-local", lambda _: None)
-        except ShipyardError as fault:
-            now = read_rollout(register)
-            _want("a failed rollout", (now and now.phase, now and now.stands), ("returned", before.version))
-            return str(fault)
-        raise ShipyardError("a rollout that was found ill went on", value=after.version, allowed=before.version)
 
     def invoke(self, artifacts: tuple[Artifact, ...]) -> dict[str, Answers]:
         """Ask deployed artifacts what their bundles' golden requests ask; return the answers."""
