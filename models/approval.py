@@ -1,7 +1,7 @@
-"""Approvals and promotions: who said, when and by which gates, that a release may run in an environment.
+"""Approvals: who said, when and by which gates, that a release may run in an environment.
 
-Both are documents that are signed as a release is (models.release): an approval by a key of keys/approvers/, a promotion by
-a key of keys/. They lie beside the releases: approvals/ENV/VERSION.json and promotions/ENV/NUMBER.json.
+An approval is signed as a release is (models.release), by a key of keys/approvers/, and lies beside the releases:
+approvals/ENV/VERSION.json.
 """
 
 import base64
@@ -14,7 +14,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pydantic import Field, ValidationError
 
 from models.config import Environment, Fleet, Name, Settings, explain
-from models.release import Keys, Release, Sha256, Signature, Signer, load_keys
+from models.lineage import Sha256, check_papers
+from models.release import Keys, Release, Signature, Signer, load_keys
 from serve.errors import ShipyardError
 from serve.files import read_json
 from serve.trust import Revoked, algorithm, canonical, key_id, verify
@@ -54,29 +55,7 @@ class Approval(Settings):
     signature: Signature
 
 
-class Promotion(Settings):
-    """Record that an environment took a release, the `number`th time that it took one.
-
-    `source` is the environment that it came from, None for a rollback. `replaces` is what ran before, `previous` the digest
-    of the record before this one, so that none can be left out, `approval` that of the approval, where one is needed.
-    """
-
-    schema_name: Annotated[Literal["shipyard.promotion/1"], Field(alias="schema")]
-    number: Annotated[int, Field(ge=1, lt=10**6)]
-    environment: Name
-    source: Name | None
-    release: Version
-    sha256: Sha256
-    replaces: Version
-    by: Who
-    at: Time
-    gates: tuple[HeldGate, ...]
-    approval: Sha256 | None
-    previous: Sha256 | None
-    signature: Signature
-
-
-Document = TypeVar("Document", Approval, Promotion)
+Document = TypeVar("Document", bound=Settings)
 
 
 def release_digest(release: Release) -> str:
@@ -84,7 +63,7 @@ def release_digest(release: Release) -> str:
     return digest(release)
 
 
-def digest(document: Release | Approval | Promotion) -> str:
+def digest(document: Settings) -> str:
     """Return the SHA-256 of a signed document's canonical form, without its signature."""
     plain = document.model_dump(mode="json", by_alias=True, exclude_unset=True)
     return hashlib.sha256(canonical(plain)).hexdigest()
@@ -102,6 +81,12 @@ def hold_gates(release: Release, fleet: Fleet) -> tuple[HeldGate, ...]:
             f"gate: release {release.version}: its profile is not in fleet.toml", value=release.profile,
             allowed=", ".join(fleet.profile), mend="bring the profile with its gates back",
         )  # fmt: skip
+    for told in release.gates:
+        if not told.passed:
+            raise ShipyardError(
+                f"gate: release {release.version}: {told.of}: {told.gate} was missed when it was made",
+                value=told.figure if told.low is None else told.low, allowed=told.bound, mend="make another release",
+            )  # fmt: skip
     held = []
     for name, submodel in sorted(release.submodels.items()):
         gate = profile.gate.get(name, profile.default_gate)
@@ -130,24 +115,11 @@ def sign_approval(
         "schema": "shipyard.approval/1", "release": release.version, "sha256": release_digest(release),
         "environment": environment, "by": by, "at": at, "gates": [gate.model_dump() for gate in gates],
     }  # fmt: skip
-    return _sign(body, Approval, key, f"approval of {release.version}")
+    return sign_document(body, Approval, key, f"approval of {release.version}")
 
 
-def sign_promotion(
-    release: Release, environment: str, source: str | None, gates: tuple[HeldGate, ...], by: str, at: str, key: Signer, *,
-    replaces: str, approval: Approval | None, previous: Promotion | None,
-) -> Promotion:  # fmt: skip
-    """Return the record that an environment takes a release, signed by `key`, after the record `previous`."""
-    body = {
-        "schema": "shipyard.promotion/1", "number": previous.number + 1 if previous else 1, "environment": environment,
-        "source": source, "release": release.version, "sha256": release_digest(release), "replaces": replaces, "by": by,
-        "at": at, "gates": [gate.model_dump() for gate in gates], "approval": digest(approval) if approval else None,
-        "previous": digest(previous) if previous else None,
-    }  # fmt: skip
-    return _sign(body, Promotion, key, f"promotion of {release.version}")
-
-
-def _sign(body: dict[str, Any], model: type[Document], key: Signer, where: str) -> Document:
+def sign_document(body: dict[str, Any], model: type[Document], key: Signer, where: str) -> Document:
+    """Return a document with the signature of `key` over its canonical form."""
     document: dict[str, Any] = json.loads(json.dumps(body))
     value = base64.b64encode(key.sign(canonical(document))).decode()
     public = key.public_key()
@@ -155,7 +127,7 @@ def _sign(body: dict[str, Any], model: type[Document], key: Signer, where: str) 
     return _parse(document, model, where)
 
 
-def text(document: Approval | Promotion) -> str:
+def text(document: Settings) -> str:
     """Return the text of a document's file: sorted keys, two spaces, one newline at its end."""
     plain = document.model_dump(mode="json", by_alias=True)
     return json.dumps(plain, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
@@ -251,52 +223,6 @@ def require_approval(release: Release, name: str, env: Environment, releases: Pa
     return found
 
 
-def read_promotions(folder: Path, keys: Keys) -> tuple[Promotion, ...]:
-    """Read the promotions of an environment, folder/*.json, in their order.
-
-    Raises:
-        ShipyardError: one is missing, was changed, or is not signed by one of `keys`.
-    """
-    found = [parse(read_json(path), Promotion, keys, str(path)) for path in sorted(folder.glob("*.json"))]
-    return check_chain(found, folder.name, str(folder))
-
-
-def check_chain(found: list[Promotion], environment: str, where: str) -> tuple[Promotion, ...]:
-    """Return the records of an environment, which must follow each other without a gap.
-
-    Raises:
-        ShipyardError: one is missing, is twice there, or is of another environment.
-    """
-    before: Promotion | None = None
-    for number, one in enumerate(found, 1):
-        wanted = (number, environment, digest(before) if before else None)
-        if (one.number, one.environment, one.previous) != wanted:
-            raise ShipyardError(
-                f"{where}: promotion {one.number} of {one.environment} does not follow the one before it",
-                allowed=f"number {number} of {environment}", mend="restore the records; each names the one before",
-            )  # fmt: skip
-        before = one
-    return tuple(found)
-
-
-def check_promoted(release: Release, name: str, env: Environment, releases: Path, keys: Keys) -> None:
-    """Check that what fleet.toml names is what the last recorded promotion brought, where approvals are needed.
-
-    An environment without records has none to follow.
-
-    Raises:
-        ShipyardError: fleet.toml was changed by hand, to a release that was not promoted or to an older one.
-    """
-    if not env.needs_approval:
-        return
-    found = read_promotions(releases / "promotions" / name, keys)
-    if found and (found[-1].release, found[-1].sha256) != (release.version, release_digest(release)):
-        raise ShipyardError(
-            f"env.{name}: fleet.toml names a release that was not promoted", value=release.version,
-            allowed=found[-1].release, mend=f"shipyard promote FROM {name}, or shipyard rollback {name}",
-        )  # fmt: skip
-
-
 def check_withdrawn(path: Path) -> None:
     """Refuse the release of a file beside which VERSION.revoked lies, for the reason that is written there.
 
@@ -311,6 +237,16 @@ def check_withdrawn(path: Path) -> None:
             value=reason,
             mend="name another release, or roll back: shipyard rollback ENV",
         )
+
+
+def check_standing(path: Path, release: Release) -> None:
+    """Refuse a release that is revoked, or whose papers, as its provenance, are not those that were signed with it.
+
+    Raises:
+        ShipyardError: it is revoked, or a paper is missing or was changed.
+    """
+    check_withdrawn(path)
+    check_papers(path, release.papers)
 
 
 def check_signer(key: Signer, keys: Keys, what: str, folder: Path) -> None:

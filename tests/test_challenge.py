@@ -100,7 +100,9 @@ def test_traffic_that_was_not_split_as_intended_is_refused():
         check_split(*arms, 0.1)
 
 
-@pytest.mark.parametrize("ways", [{"alpha": 0}, {"alpha": 0.6}, {"expected": 0}, {"least": 1}, {"share": 1}])
+@pytest.mark.parametrize(
+    "ways", [{"alpha": 0}, {"alpha": 0.6}, {"expected": 0}, {"least": 1}, {"share": 1}, {"share": 0}]
+)
 def test_numbers_out_of_range_are_refused(ways):
     with pytest.raises(ShipyardError, match="out of range"):
         judge(Arm(1000, 100), Arm(1000, 100), **(WAYS | ways))

@@ -20,19 +20,20 @@ from models.approval import (
     check_approval,
     digest,
     hold_gates,
-    read_promotions,
     release_digest,
     require_approval,
     sign_approval,
     text,
 )
 from models.config import load_fleet
+from models.promotion import read_promotions
 from models.release import File, artifact_key, attest, dump, files_digest, load_keys, sign
 from serve.errors import ShipyardError
 from shipyard import cli, promote, register
 from shipyard.keys import write_public
 from shipyard.pin import pin
 from shipyard.register import LOCK, Lost, lock, open_register
+from shipyard.verbs import VERBS
 from tests.test_infra import recommend, search
 from tests.test_trust import interval, sample_body
 
@@ -96,9 +97,9 @@ class Project:
     def fleet(self):
         return load_fleet(self.fleet_file)
 
-    def release(self, number, *, after=0.3, key=None, parts=None):
-        key = key or self.signer
-        body = sample_body(key, after=after) | {"sequence": number}
+    def release(self, number, *, parts=None, **more):
+        key = self.signer
+        body = sample_body(key) | {"sequence": number} | more
         made = parts or (search(), recommend())
         body["artifacts"] = [real_artifact(part, key, self.store, b"%d" % number) for part in made]
         found = sign(body, "0.1.0", key)
@@ -453,6 +454,32 @@ def test_a_promotion_of_a_release_whose_provenance_was_changed_is_refused(projec
     assert "changed after it was signed" in refused(capsys, project.run("promote", "dev", "staging"))
 
 
+def test_a_release_whose_papers_were_changed_is_refused(project, aws, capsys, synth):
+    content = b'{"payloadType": "application/vnd.in-toto+json"}\n'
+    paper = {"name": "provenance.intoto.jsonl", "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    found = project.release(3, papers=[paper])
+    folder = project.path(found).with_suffix("")
+    folder.mkdir()
+    (folder / paper["name"]).write_bytes(content)
+    project.pin("dev", found)
+    project.pin("prod", found)
+    assert project.run("approve", found.version, "prod") == project.run("promote", "dev", "staging", "--dry-run") == 0
+    assert synth() == [found.version]
+    (folder / paper["name"]).write_bytes(content.replace(b"in-toto", b"in_toto"))
+    capsys.readouterr()
+    for verb in (("approve", found.version, "prod"), ("promote", "dev", "staging")):
+        assert "provenance.intoto.jsonl: changed after it was signed" in refused(capsys, project.run(*verb))
+    with pytest.raises(ShipyardError, match=r"provenance.intoto.jsonl: changed after it was signed"):
+        synth()
+
+
+def test_a_release_that_says_that_it_missed_a_gate_is_refused(project, aws, capsys):
+    gate = {"of": "recommend", "gate": "loss", "figure": 0.03, "low": None, "bound": 0.01, "passed": False}
+    found = project.release(3, gates=[gate])
+    for verb in (("approve", found.version, "prod"), ("promote", "dev", "staging", "--release", found.version)):
+        assert "recommend: loss was missed when it was made; value: 0.03" in refused(capsys, project.run(*verb))
+
+
 def test_a_promotion_of_a_revoked_release_is_refused(project, aws, capsys):
     project.path(project.second).with_suffix(".revoked").write_text("leaks a price list")
     assert "the release is revoked; value: 'leaks a price list'" in refused(
@@ -683,3 +710,17 @@ def test_a_comment_behind_the_release_and_other_line_ends_stay(tmp_path):
     path.write_bytes(b'[env.dev]\r\nrelease   =  "a"  # ours\r\nx = 1\r\n')
     assert pin(path, "dev", "b")
     assert path.read_bytes() == b'[env.dev]\r\nrelease   =  "b"  # ours\r\nx = 1\r\n'
+
+
+# --- the page ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_case_of_the_page_has_its_test():
+    rows = re.findall(r"^\|[^|]+\|[^|]+\| `(tests/\w+\.py)::(\w+)` \|$", (ROOT / "docs/delivery.md").read_text(), re.M)
+    assert len(rows) == len(set(rows)) >= 40
+    assert [test for file, test in rows if f"def {test}(" not in (ROOT / file).read_text()] == []
+
+
+def test_every_verb_of_the_page_is_one():
+    page = (ROOT / "docs/delivery.md").read_text()
+    assert set(re.findall(r"^shipyard (\w+) ", page, re.M)) == VERBS.keys()

@@ -264,6 +264,15 @@ def test_a_stack_that_fails_brings_every_target_back_to_what_the_promotion_repla
         assert {one for one, _ in brought} == {"gpu"}
 
 
+def test_a_rollout_does_not_return_to_a_revoked_release(place, rolling):
+    following, run, brought, fails = rolling
+    fails.append(("gpu", following.version))
+    place.project.path(place.project.second).with_suffix(".revoked").write_text("leaks a price list")
+    with pytest.raises(ShipyardError, match=r"not all targets are back on .*the release is revoked"):
+        run()
+    assert {version for _, version in brought} == {following.version}
+
+
 def test_a_rollout_of_a_release_that_is_not_approved_begins_nothing(place, rolling):
     _, run, brought, _ = rolling
     toml = place.project.fleet_file.read_text()

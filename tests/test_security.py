@@ -45,7 +45,8 @@ def templates():
         },
         gateway={"waf": True},
     )
-    return {name: Template.from_stack(stage.node.find_child(name)).to_json() for name in ORDER}
+    there = [name for name in ORDER if stage.node.try_find_child(name)]
+    return {name: Template.from_stack(stage.node.find_child(name)).to_json() for name in there}
 
 
 @pytest.fixture(scope="module")

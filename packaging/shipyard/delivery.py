@@ -17,7 +17,7 @@ from models.approval import (
     approver_keys,
     check_approval,
     check_signer,
-    check_withdrawn,
+    check_standing,
     hold_gates,
     parse,
     sign_approval,
@@ -88,26 +88,27 @@ def approve(chosen: argparse.Namespace, fleet: Fleet, home: Path, reporter: Repo
     releases = chosen.fleet.resolve().parent / "releases"
     path = releases / f"{chosen.version}.json"
     found = read_release(path, load_keys(releases / "keys"), fleet.project.minimum_sequence)
-    check_withdrawn(path)
+    check_standing(path, found)
     gates = hold_gates(found, fleet)
     trusted, file = approver_keys(releases / "keys"), approval_path(releases, chosen.env, chosen.version)
     if file.exists():
         there = parse(read_json(file), Approval, trusted, str(file))
         check_approval(there, found, chosen.env, str(file))
-        return _approved(there, new=False)
+        return _approved(there, new=False, dry_run=chosen.dry_run)
     key, by, at = _key(chosen, home / "approving.pem", reporter)
     check_signer(key, trusted, "approval", releases / "keys" / "approvers")
     made = sign_approval(found, chosen.env, gates, by, at, key)
     if not chosen.dry_run:
         file.parent.mkdir(parents=True, exist_ok=True)
         write(file, text(made))
-    return _approved(made, new=True)
+    return _approved(made, new=True, dry_run=chosen.dry_run)
 
 
-def _approved(found: Approval, *, new: bool) -> dict[str, Any]:
+def _approved(found: Approval, *, new: bool, dry_run: bool) -> dict[str, Any]:
     plain = found.model_dump(mode="json", by_alias=True)
     return {
         "new": new,
+        "dry_run": dry_run,
         "approver": found.signature.key_id,
         **{k: v for k, v in plain.items() if k not in ("schema", "signature")},
     }
@@ -181,7 +182,7 @@ def open_register(fleet: Fleet, name: str) -> Any:
 def sentence(verb: str, told: dict[str, Any]) -> str:
     """Return in a line what a verb did, and what comes next."""
     if verb == "approve":
-        state = "approved" if told["new"] else "was approved before"
+        state = "was approved before" if not told["new"] else "would be approved" if told["dry_run"] else "is approved"
         return f"{told['release']} {state} for {told['environment']} by {told['by']}, {len(told['gates'])} gates held"
     where, version = told["environment"], told["release"]
     if told["dry_run"]:

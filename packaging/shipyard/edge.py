@@ -9,7 +9,7 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError
 
-from models.approval import check_withdrawn, require_approval
+from models.approval import check_standing, require_approval
 from models.config import Environment, Fleet
 from models.release import Release, read_release, trusted_key
 from serve.errors import ShipyardError
@@ -46,7 +46,7 @@ def run(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, repor
     keys = load_keys(releases / "keys")
     oldest = 0 if chosen.allow_older else fleet.project.minimum_sequence
     found = read_release(releases / f"{version}.json", keys, oldest)
-    check_withdrawn(releases / f"{version}.json")
+    check_standing(releases / f"{version}.json", found)
     require_approval(found, chosen.env, env, releases, releases / "keys")
     bucket = fleet.bucket(chosen.env)
     said, deltas = publish_edge(

@@ -7,7 +7,7 @@ the components of a thing group's latest deployment.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import boto3
 from botocore.exceptions import BotoCoreError, ClientError
@@ -20,22 +20,9 @@ from shipyard.edge import open_clients
 from shipyard.lock import component, edge_artifacts
 from shipyard.promote import PROMOTIONS
 from shipyard.register import Register
-
-State = Literal["ok", "differs", "missing", "not ready", "failed"]
+from shipyard.standing import Row, State
 
 DIGITS = 12
-
-
-@dataclass(frozen=True)
-class Row:
-    """One thing that is live: where, what the release wants there, what is there, and by which configuration."""
-
-    place: str
-    unit: str
-    wanted: str
-    live: str
-    state: State
-    by: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,7 +57,7 @@ def status(services: Services, fleet: Fleet, name: str, release: Release, regist
         for place, artifacts in (("cpu", release.of("image-context")), ("gateway", release.of("gateway"))):
             if artifacts:
                 tasks = _services(services, f"{prefix}-{place}")
-                rows += [_service(tasks, place, a, bucket, env.cpu.image) for a in artifacts]
+                rows += [row for a in artifacts for row in _service(tasks, place, a, bucket, env.cpu.image)]
         if edge_artifacts(release):
             rows += _edge(services.edge, env, release)
     except (ClientError, BotoCoreError) as fault:
@@ -80,21 +67,6 @@ def status(services: Services, fleet: Fleet, name: str, release: Release, regist
         last = records[-1]["release"]
         rows.append(Row("record", "promotion", release.version, last, "ok" if last == release.version else "differs"))
     return rows
-
-
-def same(rows: list[Row]) -> bool:
-    """Return whether all that is live is what the release says."""
-    return all(row.state == "ok" for row in rows)
-
-
-def table(rows: list[Row]) -> str:
-    """Return the rows as a table of text."""
-    cells = [("place", "unit", "release says", "is live", "state", "by")]
-    cells += [(row.place, row.unit, row.wanted, row.live, row.state, row.by) for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(5)]
-    return "\n".join(
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(line, [*widths, 0], strict=True)).rstrip() for line in cells
-    )
 
 
 def _short(uri: str, bucket: str, artifact: Artifact) -> str:
@@ -124,16 +96,16 @@ def _endpoint(sagemaker: Any, prefix: str, artifact: Artifact, bucket: str) -> R
     return Row("gpu", artifact.name, wanted, ", ".join(sorted(live)), state, by)
 
 
-def _services(services: Services, stack: str) -> dict[str, tuple[Any, Any]]:
+def _services(services: Services, stack: str) -> dict[str, list[tuple[Any, Any]]]:
     """Return the services of a stack with their task definitions, by the artifact that each serves."""
-    found = {}
+    found: dict[str, list[tuple[Any, Any]]] = {}
     for arn in _resources(services.cloudformation, stack, "AWS::ECS::Service"):
         cluster = arn.split("/")[-2]
         [service] = services.ecs.describe_services(cluster=cluster, services=[arn])["services"]
         told = services.ecs.describe_task_definition(taskDefinition=service["taskDefinition"])["taskDefinition"]
         command = next((c["command"] for c in told["containerDefinitions"] if c["name"] == "serve"), [])
         if "--artifact" in command:
-            found[command[command.index("--artifact") + 1]] = (service, told)
+            found.setdefault(command[command.index("--artifact") + 1], []).append((service, told))
     return found
 
 
@@ -150,11 +122,19 @@ def _resources(cloudformation: Any, stack: str, kind: str) -> Iterator[str]:
                 yield found["PhysicalResourceId"]
 
 
-def _service(tasks: dict[str, tuple[Any, Any]], place: str, artifact: Artifact, bucket: str, image: str | None) -> Row:
+def _service(
+    tasks: dict[str, list[tuple[Any, Any]]], place: str, artifact: Artifact, bucket: str, image: str | None
+) -> Iterator[Row]:
     wanted = artifact.digest[:DIGITS]
     if artifact.name not in tasks:
-        return Row(place, artifact.name, wanted, "", "missing")
-    service, told = tasks[artifact.name]
+        yield Row(place, artifact.name, wanted, "", "missing")
+    # where machines of your own serve it too there are two
+    for service, told in tasks.get(artifact.name, ()):
+        yield _tasks(service, told, place, artifact, bucket, image)
+
+
+def _tasks(service: Any, told: Any, place: str, artifact: Artifact, bucket: str, image: str | None) -> Row:
+    wanted = artifact.digest[:DIGITS]
     containers = {container["name"]: container for container in told["containerDefinitions"]}
     live = _short(next(w for w in containers["fetch"]["command"] if w.startswith("s3://")), bucket, artifact)
     state: State = "ok" if live == wanted else "differs"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from models.approval import check_withdrawn, require_approval
+from models.approval import check_standing, require_approval
 from models.config import Environment, Fleet
 from models.release import Keys, Release, load_keys, read_release, trusted_key
 from shipyard import live, rollout
@@ -19,6 +19,7 @@ from shipyard.orchestrate import Target, roll_out
 from shipyard.places import Place, deployer
 from shipyard.promote import PROMOTIONS
 from shipyard.register import Register
+from shipyard.standing import Row, same, table
 
 DIFFERS = 3
 
@@ -34,19 +35,17 @@ def main(chosen: argparse.Namespace, fleet: Fleet, around: Surroundings, reporte
     register, services = open_register(fleet, chosen.env), live.open_services(fleet.env[chosen.env])
     if chosen.verb == "status":
         rows = live.status(services, fleet, chosen.env, found, register)
-        same = live.same(rows)
+        matches = same(rows)
         told = {
             "environment": chosen.env,
             "release": found.version,
-            "same": same,
+            "same": matches,
             "rows": [asdict(row) for row in rows],
         }
-        print(json.dumps(told) if chosen.json else live.table(rows))
-        return 0 if same else DIFFERS
-    path = root / "releases" / f"{found.version}.json"
-    check_withdrawn(path)
-    require_approval(found, chosen.env, fleet.env[chosen.env], root / "releases", root / "releases" / "keys")
-    targets = Targets(chosen, fleet, around, reporter, register, services).all(found)
+        print(json.dumps(told) if chosen.json else table(rows))
+        return 0 if matches else DIFFERS
+    known = Targets(chosen, fleet, around, reporter, register, services)
+    targets = known.all(known.read(found.version))
     good = chosen.good or before(register, found.version)
     done = roll_out(register, targets, found.version, good, chosen.by, reporter.line, give_up=chosen.give_up)
     print(json.dumps(asdict(done)) if chosen.json else f"{chosen.env}: all targets are on {done.release}")
@@ -105,18 +104,31 @@ class Targets:
         targets.append(stack("rest", "*", "gpu", "cpu", "gateway", "edge canary", "edge fleet"))
         return targets
 
+    def read(self, version: str) -> Release:
+        """Read a release that is about to be deployed: the state that names the one to return to is signed by nobody.
+
+        Raises:
+            ShipyardError: it is not to be trusted, is revoked, or is not approved for this environment.
+        """
+        releases = self.root / "releases"
+        found = _read(releases, version)
+        check_standing(releases / f"{version}.json", found)
+        require_approval(found, self.env, self.settings, releases, releases / "keys")
+        return found
+
     def assembly(self, version: str) -> Path:
         """Synthesize the environment with a release, once; return the folder."""
         if version not in self._assemblies:
+            self.read(version)
             out = self.root / "build" / "rollout" / self.env / version
             self.around.synth(self.fleet_file, out, self.reporter, self.env, self.root / "releases" / f"{version}.json")
             self._assemblies[version] = out
         return self._assemblies[version]
 
-    def look(self, *places: str) -> Callable[[str], list[live.Row]]:
+    def look(self, *places: str) -> Callable[[str], list[Row]]:
         """Return what looks at some places."""
 
-        def look(version: str) -> list[live.Row]:
+        def look(version: str) -> list[Row]:
             found = _read(self.root / "releases", version)
             rows = live.status(self.services, self.fleet, self.env, found, self.register)
             return [row for row in rows if row.place in places]
@@ -126,7 +138,7 @@ class Targets:
     def publish(self, version: str) -> None:
         """Publish a release's components and roll them out, the canaries first, judged by the devices' own word."""
         keys: Keys = load_keys(self.root / "releases" / "keys")
-        found = _read(self.root / "releases", version)
+        found = self.read(version)
         where = {"account": self.settings.account, "region": self.settings.region}
         # the archives lie in the bucket since the promotion; deltas are made of what this machine has
         store = open_store(self.fleet, self.env)

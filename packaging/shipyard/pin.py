@@ -20,7 +20,7 @@ def pin(path: Path, env: str, version: str) -> bool:
     if table["env"][env]["release"] == version:
         return False
     document = tomlkit.parse(before)
-    document["env"][env]["release"] = version  # type: ignore[index]
+    document["env"][env]["release"] = version
     after = tomlkit.dumps(document)
     table["env"][env]["release"] = version
     old, new = before.splitlines(), after.splitlines()

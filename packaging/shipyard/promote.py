@@ -13,19 +13,17 @@ from typing import Any
 
 from models.approval import (
     HeldGate,
-    Promotion,
     approval_path,
-    check_chain,
     check_signer,
-    check_withdrawn,
+    check_standing,
     hold_gates,
     parse,
     release_digest,
     require_approval,
-    sign_promotion,
     text,
 )
 from models.config import Fleet
+from models.promotion import Promotion, check_chain, sign_promotion
 from models.release import Release, Signer, load_keys, read_release
 from serve.errors import ShipyardError
 from shipyard.pin import pin
@@ -62,7 +60,7 @@ class Desk:
         path = self.releases / f"{version}.json"
         oldest = 0 if self.allow_older else self.fleet.project.minimum_sequence
         found = read_release(path, load_keys(self.releases / "keys"), oldest)
-        check_withdrawn(path)
+        check_standing(path, found)
         return found
 
 

@@ -115,11 +115,11 @@ def judge(
         "alpha": (alpha, 0, 0.5),
         "expected": (expected, 0, 1),
         "least": (least, -1, 1),
-        "share": (share or 0.5, 0, 1),
+        "share": (0.5 if share is None else share, 0, 1),
     }
-    for name, (value, low, high) in ranges.items():
-        if not low < value < high:
-            raise ShipyardError(f"challenge: {name}: out of range", value=value, allowed=f"between {low} and {high}")
+    for name, (value, above, below) in ranges.items():
+        if not above < value < below:
+            raise ShipyardError(f"challenge: {name}: out of range", value=value, allowed=f"between {above} and {below}")
     if share is not None:
         check_split(champion, challenger, share)
     low, high = interval(champion, challenger, alpha, expected)
