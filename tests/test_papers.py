@@ -536,6 +536,11 @@ def test_the_page_is_written_though_the_release_before_is_not_trusted_any_more(
     assert "Since the previous release" not in text
 
 
+def test_what_is_no_cost_report_is_refused(made: Papered, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(made.path), "--cost", str(made.path)]) == 1
+    assert "not a cost report; mend: shipyard cost --save FILE writes one" in capsys.readouterr().err
+
+
 def test_the_card_tells_uses_data_figures_slices_limits_and_licences(made: Papered) -> None:
     text = made.papers[CARD].decode()
     for part in (
