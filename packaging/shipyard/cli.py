@@ -46,6 +46,8 @@ EXAMPLES = """\
 examples:
   shipyard release                      walk the whole way with the profile "quick"
   shipyard evaluate --profile small     train on a sample and print the figures
+  shipyard finetune --on sagemaker --env dev
+                                        train as a SageMaker training job, and bring its record back
   shipyard publish 0.1.0-g0123456789ab  take a local release into releases/, to be committed
   shipyard upload 0.1.0-g0123456789ab --to s3://my-bucket
                                         send a published release's artifacts to an environment's bucket
@@ -124,7 +126,15 @@ def parser() -> argparse.ArgumentParser:
         return verbs.add_parser(verb, help=HELP[verb], description=text, parents=[common, *parents])
 
     for verb in VERBS:
-        add(verb, sizes, more=" Runs the stages before it as far as they are not done.")
+        stage = add(verb, sizes, more=" Runs the stages before it as far as they are not done.")
+        if verb == "finetune":
+            stage.add_argument("--on", choices=("here", "sagemaker"), default="here", help="where to train: here, or as a "
+                               "SageMaker training job whose record is brought back (default: here)")  # fmt: skip
+            stage.add_argument("--env", help="with --on sagemaker: an [env.*] of fleet.toml with a training table")
+            stage.add_argument(
+                "--dry-run", action="store_true", help="print the job's exact request; nothing is called"
+            )
+            stage.add_argument("--again", action="store_true", help="a new job, also where one of the same is complete")
     making = add("release", sizes)
     making.add_argument("--to", default=None, metavar="STORE", help="a folder or s3://bucket (default: build/store)")
     rehearsing = add("deploy-local", sizes, more=" The CDK CLI is the real one, AWS an imitation on loopback.")
@@ -322,6 +332,20 @@ def _make(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, rep
             importlib.import_module("shipyard.comparison").print_comparison(compared)
         reporter.line(f"page     {page}")
         return 0
+    if chosen.verb == "finetune" and chosen.on == "sagemaker":
+        try:
+            remote = importlib.import_module("shipyard.remote.command")  # not at the top: it needs boto3
+        except ModuleNotFoundError as fault:
+            raise ShipyardError(
+                f"finetune: {fault.name} is not installed", mend="pip install 'shipyard[aws]'"
+            ) from None
+        if chosen.env is None:
+            raise ShipyardError("finetune: --on sagemaker: where?", allowed=", ".join(fleet.env), mend="add --env")
+        if chosen.dry_run:
+            print(json.dumps(remote.dry_run(line, fleet, chosen.env), indent=None if chosen.json else 2))
+            return 0
+        # its record is found below, as if it had been made here
+        remote.finetune(line, fleet, chosen.env, reporter.line, again=chosen.again)
     if chosen.verb not in ("release", "deploy-local"):
         records = line.until(chosen.verb)
         said = {unit: record.said for unit, record in records.items()}
