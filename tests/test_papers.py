@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from securesystemslib.dsse import Envelope
 
 from models.config import Base, load_fleet
-from models.release import Release, Signer, check_papers, dump, json_schema, read_release, sign, version_of
+from models.release import Release, Signer, check_papers, dump, json_schema, read_release, replaced, sign, version_of
 from serve.errors import ShipyardError
 from serve.trust import Keys, Revoked, key_id, load_keys
 from shipyard import bom, ingredients, provenance
@@ -74,6 +74,7 @@ def committed_body() -> dict[str, Any]:
     body: dict[str, Any] = json.loads(COMMITTED.read_text())
     for name in ("schema", "version", "signature"):
         del body[name]
+    body.pop("papers", None)
     return body
 
 
@@ -139,7 +140,9 @@ def test_a_fresh_release_tells_its_whole_lineage(small: Made) -> None:
     assert found.source.commit == origin.commit
     assert found.source.base_revision == small.fleet.base.revision
     assert found.source.environment_sha256 is not None
-    assert found.replaces == FLEET.env["prod"].release
+    published = [json.loads(path.read_text()) for path in (ROOT / "releases").glob("*.json")]
+    before = [one for one in published if one.get("sequence", 0) < found.sequence]
+    assert found.replaces == max(before, key=lambda one: one.get("sequence", 0))["version"]
     assert found.parameters["finetune"] == small.fleet.finetune.model_dump()
     assert found.parameters["profile"] == json.loads(small.fleet.profile["small"].model_dump_json())
     assert all(gate.passed for gate in found.gates)
@@ -199,6 +202,13 @@ def test_the_version_covers_the_lineage_and_not_the_papers(made: Papered) -> Non
     assert version == version_of(made.body | {"papers": [{"name": "x.json", "sha256": "0" * 64, "bytes": 1}]}, "0.1.0")
     assert version != version_of(made.body | {"replaces": None}, "0.1.0")
     assert version == made.path.stem
+
+
+def test_a_release_replaces_the_newest_that_was_published_before_it(tmp_path: Path) -> None:
+    assert replaced(tmp_path, 1) is None
+    for version, sequence in (("old", 1), ("new", 7), ("middle", 3)):
+        (tmp_path / f"{version}.json").write_text(json.dumps({"sequence": sequence}))
+    assert [replaced(tmp_path, sequence) for sequence in (8, 7, 3, 1)] == ["new", "middle", "old", None]
 
 
 # --- where the code comes from ---------------------------------------------------------------------------------------
@@ -393,14 +403,20 @@ def test_synth_refuses_a_changed_provenance(made: Papered, tmp_path: Path) -> No
         build(cdk.App(context={"env": "dev", "release": str(path)}), ROOT)
 
 
-def test_a_release_that_is_older_than_papers_has_none() -> None:
-    keys = load_keys(COMMITTED.parent / "keys")
-    found = read_release(COMMITTED, keys)
-    if found.papers:
-        pytest.skip("the committed release has papers")
-    assert verify_papers(COMMITTED, found, keys) == []
+def test_a_release_that_is_older_than_papers_is_read_and_has_none(made: Papered, tmp_path: Path) -> None:
+    body = committed_body()
+    for name in ("papers", "gates", "parameters", "replaces"):
+        body.pop(name, None)
+    for name in ("commit", "base_revision", "environment_sha256"):
+        body["source"].pop(name, None)
+    older = sign(body, "0.1.0", made.key)
+    path = tmp_path / f"{older.version}.json"
+    path.write_text(dump(older), encoding="utf-8")
+    found = read_release(path, made.keys)
+    assert verify_papers(path, found, made.keys) == []
+    assert dump(found) == dump(older)
     with pytest.raises(ShipyardError, match=r"has no bom\.cdx\.json"):
-        read_paper(COMMITTED, found, keys, BOM)
+        read_paper(path, found, made.keys, BOM)
 
 
 # --- made twice, published, printed ----------------------------------------------------------------------------------
@@ -534,6 +550,11 @@ def test_the_page_is_written_though_the_release_before_is_not_trusted_any_more(
     text = (tmp_path / "page.html").read_text()
     assert "Lineage and gates" in text and COMMIT in text
     assert "Since the previous release" not in text
+
+
+def test_what_is_no_cost_report_is_refused(made: Papered, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(made.path), "--cost", str(made.path)]) == 1
+    assert "not a cost report; mend: shipyard cost --save FILE writes one" in capsys.readouterr().err
 
 
 def test_the_card_tells_uses_data_figures_slices_limits_and_licences(made: Papered) -> None:

@@ -75,7 +75,7 @@ def _metrics(body: Mapping[str, Any], figures: Mapping[str, Any]) -> Iterator[st
     yield from ("## Figures on the test period", "")
     yield "95 % intervals from a bootstrap over households; differences are paired."
     yield ""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, sub in body["submodels"].items():
         score = sub["score"]
         rows.append((

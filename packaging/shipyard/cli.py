@@ -434,6 +434,8 @@ def _page(release: Path, old: Release | None, cost: Path | None, out: Path) -> P
         figures, card = (read_paper(release, found, keys, name) for name in (FIGURES, CARD))
     record = json.loads(figures) | {"title": f"Release {found.version}", "profile": found.profile}
     prices = None if cost is None else read_json(cost)
+    if prices is not None and not str(prices.get("schema")).startswith("shipyard.cost/"):
+        raise ShipyardError(f"{cost}: not a cost report", mend="shipyard cost --save FILE writes one")
     out.parent.mkdir(parents=True, exist_ok=True)
     module = importlib.import_module("shipyard.report")  # not at the top: it draws
     page: Path = module.report(record, out, found, old, prices, card)

@@ -11,7 +11,7 @@ from typing import Any
 
 from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import VerificationError
-from securesystemslib.signer import Signature, SSlibKey
+from securesystemslib.signer import Signature, SSlibKey  # type: ignore[attr-defined] # its exports are not marked
 
 from models.release import Release, Signer
 from serve.errors import ShipyardError
