@@ -11,6 +11,10 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from models.images import TRITON_ACCOUNTS as TRITON_ACCOUNTS
+from models.images import TRITON_REPOSITORY as TRITON_REPOSITORY
+from models.images import triton_account as triton_account
+from models.images import triton_image as triton_image
 from models.places import CpuSettings as CpuSettings
 from models.places import DeliverySettings as DeliverySettings
 from models.places import GatewaySettings as GatewaySettings
@@ -188,9 +192,9 @@ class Guardrails(Settings):
 class Environment(Settings):
     """Describe one environment: where it lies, which release it runs and how large each target is.
 
-    `production` holds it to more (infra/checks.py); one that is not may have `hours`. `vpc` is an existing one. `replica` is
-    a second region that artifacts are copied to. Without a table of their own link, observe, delivery and training have no
-    stack.
+    `production` holds it to more (infra/checks.py); one that is not may have `hours`. `approval` says whether a release must
+    be approved first (models/approval.py): by default in production alone. `vpc` is an existing one. `replica` is a second
+    region that artifacts are copied to. Without a table of their own link, observe, delivery and training have no stack.
     """
 
     account: Annotated[str, Field(pattern=r"^\d{12}$", description="12 digits")]
@@ -201,6 +205,7 @@ class Environment(Settings):
     cost: Guardrails = Guardrails()
     release: str
     production: bool = False
+    approval: bool | None = None
     hours: Hours | None = None
     replica: Region | None = None
     vpc: Vpc | None = None
@@ -212,6 +217,11 @@ class Environment(Settings):
     observe: ObserveSettings | None = None
     delivery: DeliverySettings | None = None
     training: TrainingSettings | None = None
+
+    @property
+    def needs_approval(self) -> bool:
+        """Return whether a release must be approved before it runs here."""
+        return self.production if self.approval is None else self.approval
 
 
 class Fleet(Settings):
