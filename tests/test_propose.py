@@ -4,10 +4,12 @@ import json
 
 import boto3
 import duckdb
+import numpy as np
 import pytest
 from conftest import ROOT, shipyard
 
 from models.config import load_fleet
+from shipyard.drift import Seen, drift
 
 FLEET = load_fleet(ROOT / "fleet.toml")
 
@@ -36,9 +38,9 @@ def propose(fleet, *more, **environment):
 
 def test_fresh_events_are_a_reason_from_the_threshold_on(fleet, collected):
     path = fleet.parent / "releases/proposed/prod.json"
-    done, told = propose(fleet, "--fresh", collected, "--events", 121, "--no-drift")
+    done, told = propose(fleet, "--fresh", collected, "--events", 121, "--no-alarms")
     assert (told["proposed"], told["events"], path.exists()) == (False, 120, False), done.stderr
-    _, told = propose(fleet, "--fresh", collected, "--events", 120, "--no-drift")
+    _, told = propose(fleet, "--fresh", collected, "--events", 120, "--no-alarms")
     assert told["proposed"] is True
     written = path.read_bytes()
     assert json.loads(written) == {
@@ -47,7 +49,7 @@ def test_fresh_events_are_a_reason_from_the_threshold_on(fleet, collected):
         "reasons": [{"what": "fresh events", "value": 120, "threshold": 120}],
     }
     # the same reasons are no new proposal, and fleet.toml is as it was
-    propose(fleet, "--fresh", collected, "--events", 120, "--no-drift")
+    propose(fleet, "--fresh", collected, "--events", 120, "--no-alarms")
     assert path.read_bytes() == written
     assert fleet.read_text() == (ROOT / "fleet.toml").read_text()
 
@@ -75,6 +77,21 @@ def test_an_alarm_of_drift_is_a_reason_and_another_alarm_or_environment_is_none(
     assert told["reasons"] == [{"what": "drift", "alarms": ["shipyard-prod-observe-drift"]}]
 
 
+def test_measures_that_drifted_are_a_reason(fleet, tmp_path):
+    path = tmp_path / "drift.json"
+    seen = Seen(200, {"items": np.full(200, 9.0)}, np.array([]), np.array([], dtype=bool))
+    told = {"requests": 200, "measures": {"items": {"edges": [1.0, 5.0], "counts": [100, 60, 40]}}, "calibration": []}
+    found = drift({"routes": {"search": told}}, {"search": seen})
+    path.write_text(json.dumps(found))
+    done, said = propose(fleet, "--drift", path, "--no-alarms")
+    assert said["reasons"] == [{"what": "drift", "measures": ["search items"]}], done.stderr
+    path.write_text(json.dumps(found | {"measures": []}))
+    assert propose(fleet, "--drift", path, "--no-alarms")[1]["proposed"] is False
+    path.write_text("{}")
+    done, _ = propose(fleet, "--drift", path, "--no-alarms")
+    assert "no report of drift: 'measures'; mend: shipyard drift" in done.stderr
+
+
 def test_the_alarm_that_is_asked_for_is_one_that_the_stack_makes():
     from shipyard.propose import DRIFT
 
@@ -86,5 +103,5 @@ def test_the_alarm_that_is_asked_for_is_one_that_the_stack_makes():
     [(("--env", "nowhere"), "--env: no such environment"), (("--fresh", "missing"), "events.parquet: no such file")],
 )
 def test_what_is_not_there_is_told_in_one_line(fleet, arguments, told):
-    done, _ = propose(fleet, "--no-drift", *arguments)
+    done, _ = propose(fleet, "--no-alarms", *arguments)
     assert done.returncode == 1 and told in done.stderr.splitlines()[-1]

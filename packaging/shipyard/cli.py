@@ -234,7 +234,8 @@ def parser() -> argparse.ArgumentParser:
     proposing.add_argument("--env", required=True, help="an [env.*] of fleet.toml")
     proposing.add_argument("--fresh", type=Path, help="a folder of `shipyard collect`, whose events count too")
     proposing.add_argument("--events", type=int, default=100_000, help="so many are reason enough (default: 100000)")
-    proposing.add_argument("--no-drift", action="store_true", help="ask no alarms")
+    proposing.add_argument("--drift", type=Path, metavar="FILE", help="what `shipyard drift --json` has printed")
+    proposing.add_argument("--no-alarms", action="store_true", help="ask no alarms")
     return top
 
 
@@ -416,9 +417,13 @@ def _propose(chosen: argparse.Namespace, fleet: Fleet, root: Path, reporter: Rep
     if chosen.env not in fleet.env:
         raise ShipyardError("--env: no such environment", value=chosen.env, allowed=", ".join(fleet.env))
     module = importlib.import_module("shipyard.propose")
-    alarms = [] if chosen.no_drift else module.alarms_of(fleet, chosen.env)
+    alarms = [] if chosen.no_alarms else module.alarms_of(fleet, chosen.env)
     events = None if chosen.fresh is None else module.fresh(chosen.fresh)
-    told = module.propose(fleet, chosen.env, alarms, events, chosen.events, root / "releases" / "proposed")
+    measures = [] if chosen.drift is None else module.measured(chosen.drift)
+    told = module.propose(
+        fleet, chosen.env, alarms=alarms, measures=measures, events=events, threshold=chosen.events,
+        folder=root / "releases" / "proposed",
+    )  # fmt: skip
     what = ", ".join(reason["what"] for reason in told["reasons"])
     reporter.line(f"proposes a release for {chosen.env}: {what}" if what else "proposes nothing: no reason")
     print(json.dumps(told, ensure_ascii=False))

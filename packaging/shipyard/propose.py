@@ -1,10 +1,12 @@
 """Propose a release where behaviour has drifted or enough of it is new. It writes a file and deploys nothing.
 
-Drift is what the environment's own alarms tell (infra/observe.py: feedback a request, against a band of the weeks before);
-what is new is counted in what `shipyard collect` has made of the gateway's feedback.
+Drift is what the environment's own alarms tell (infra/observe.py: feedback a request, against a band of the weeks before),
+and what `shipyard drift` has found of requests, scores and calibration; what is new is counted in what `shipyard collect`
+has made of the gateway's feedback.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import duckdb
 
 from models.config import Fleet
 from serve.errors import ShipyardError
+from serve.files import read_json
 from shipyard.stage import write
 
 DRIFT = "Drift"
@@ -33,7 +36,7 @@ def alarms_of(fleet: Fleet, env_name: str) -> list[str]:
     try:
         return drifted(boto3.client("cloudwatch", region_name=fleet.env[env_name].region), prefix)
     except (BotoCoreError, ClientError) as fault:
-        raise ShipyardError(f"propose: {fault}", mend="allow cloudwatch:DescribeAlarms, or --no-drift") from None
+        raise ShipyardError(f"propose: {fault}", mend="allow cloudwatch:DescribeAlarms, or --no-alarms") from None
 
 
 def drifted(cloudwatch: Any, prefix: str) -> list[str]:
@@ -65,8 +68,30 @@ def fresh(folder: Path) -> int:
     return int(found[0])
 
 
+def measured(path: Path) -> list[str]:
+    """Return the measures that `shipyard drift --json` found drifted, as route and measure.
+
+    Raises:
+        ShipyardError: the file is none of that verb.
+    """
+    told = read_json(path)
+    try:
+        return [f"{line['route']} {line['measure']}" for line in told["measures"] if line["drifted"]]
+    except (KeyError, TypeError) as fault:
+        raise ShipyardError(
+            f"{path}: no report of drift: {fault}", mend="shipyard drift JOURNAL --json > FILE"
+        ) from None
+
+
 def propose(
-    fleet: Fleet, env_name: str, alarms: list[str], events: int | None, threshold: int, folder: Path
+    fleet: Fleet,
+    env_name: str,
+    *,
+    alarms: Sequence[str] = (),
+    measures: Sequence[str] = (),
+    events: int | None = None,
+    threshold: int,
+    folder: Path,
 ) -> dict[str, Any]:
     """Return what is known and whether it is reason enough; write `folder`/ENV.json where it is.
 
@@ -74,7 +99,9 @@ def propose(
     """
     reasons: list[dict[str, Any]] = []
     if alarms:
-        reasons.append({"what": "drift", "alarms": alarms})
+        reasons.append({"what": "drift", "alarms": list(alarms)})
+    if measures:
+        reasons.append({"what": "drift", "measures": list(measures)})
     if events is not None and events >= threshold:
         reasons.append({"what": "fresh events", "value": events, "threshold": threshold})
     told = {"environment": env_name, "runs": fleet.env[env_name].release, "reasons": reasons}
