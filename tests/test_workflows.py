@@ -3,12 +3,16 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+
+from shipyard.verbs import VERBS as DELIVERY
+from shipyard.verbs import parser
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -153,6 +157,8 @@ def test_the_verbs_of_a_release_say_who_asks_as_text_and_name_the_release():
         )
         assert done.returncode == 0, done.stderr
         assert any(line.strip().endswith(told) for line in done.stdout.splitlines()), done.stdout
+        if verb in DELIVERY:
+            assert parser().parse_args(shlex.split(told)[1:]).env == "prod"
 
 
 def test_a_pull_request_is_opened_once_and_only_for_a_change(tmp_path):

@@ -63,7 +63,7 @@ class _DryRun:
         self.uploads = 0
         session.events.register("before-send", self.answer)
 
-    def answer(self, request: Any, event_name: str, **_: Any) -> AWSResponse:
+    def answer(self, request: Any, event_name: str, **more: Any) -> AWSResponse:
         service, _, operation = event_name.removeprefix("before-send.").partition(".")
         if (service, operation) == ("sagemaker", "CreateTrainingJob"):
             self.request = json.loads(request.body)
