@@ -31,7 +31,7 @@ node_modules/.complete: package-lock.json
 	touch $@
 
 release: setup ## the main job: data to signed release and synthesized stacks (PROFILE=quick)
-	$(SHIPYARD) release --profile $(PROFILE)
+	$(SHIPYARD) release --profile $(PROFILE) $(SIGN)
 
 report: setup ## the figures of a profile as one page, build/PROFILE/report.html (PROFILE=quick)
 	$(SHIPYARD) report --profile $(PROFILE)
@@ -93,6 +93,47 @@ bench-edge: setup ## the edge in figures: sizes, memory, latency, deltas (half a
 
 edge-lock: setup ## write the lock of the edge's wheels anew, from constraints.txt
 	$(BIN)/python -m shipyard.wheels
+
+# --- a release's way: what .github/workflows/release.yml calls, in this order ---
+.PHONY: publish upload approve promote rollout status rollback record propose proposal
+FROM ?= dev
+# who asks for it; of the surroundings, as text and never as a part of a command
+export BY ?= $(USER)
+SIGN = $(if $(KEY),--key '$(KEY)')
+NEWEST = $(basename $(notdir $(shell ls -t build/releases/*.json 2>/dev/null | head -1)))
+VERSION = $(or $(RELEASE),$(NEWEST),$(error no release in build/releases: make release, or name one by RELEASE=))
+
+publish: setup ## the newest local release (or RELEASE=version) into releases/
+	$(SHIPYARD) publish $(VERSION)
+	@echo "release=$(VERSION)" >> $(or $(GITHUB_OUTPUT),/dev/stdout)
+
+upload: setup ## its artifacts into the bucket of ENV
+	$(SHIPYARD) upload $(VERSION) --to "s3://$$($(BIN)/python -c \
+	  'import sys; from pathlib import Path; from models.config import load_fleet; print(load_fleet(Path("fleet.toml")).bucket(sys.argv[1]))' $(ENV))"
+
+approve: setup ## sign that RELEASE may run in ENV (KEY=file or kms:name of an approver)
+	$(SHIPYARD) approve $(VERSION) $(ENV) --by "$$BY" $(SIGN)
+
+promote: setup ## RELEASE from FROM to ENV: copy, record, one line of fleet.toml
+	$(SHIPYARD) promote $(FROM) $(ENV) --release $(VERSION) --by "$$BY" $(SIGN)
+
+rollout: setup ## ENV's release to all of its targets; all return where one fails
+	$(SHIPYARD) rollout $(ENV) --by "$$BY"
+
+status: setup ## what is live in ENV against its release
+	$(SHIPYARD) status $(ENV)
+
+rollback: setup ## ENV to the release before; roll out afterwards
+	$(SHIPYARD) rollback $(ENV) --by "$$BY" $(SIGN)
+
+record: ## fleet.toml and releases/ as a pull request by gh (RELEASE=version)
+	.ci/pull-request "release/$(VERSION)" "Release $(VERSION): what runs where" fleet.toml releases
+
+propose: setup ## look for reasons to train ENV's models again: drift, and what FRESH=folder holds of new events
+	$(SHIPYARD) propose --env $(ENV) $(if $(FRESH),--fresh $(FRESH))
+
+proposal: ## what propose has written, as a pull request by gh
+	.ci/pull-request "propose/$(ENV)" "Propose a release for $(ENV)" releases/proposed
 
 .PHONY: setup-sagemaker test-sagemaker
 setup-sagemaker: .venv-sagemaker/.complete ## make .venv-sagemaker, which has the SDK that starts training jobs

@@ -3,12 +3,16 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+
+from shipyard.verbs import VERBS as DELIVERY
+from shipyard.verbs import parser
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -85,3 +89,106 @@ def test_a_workflow_reads_alone_until_a_job_asks_for_more(path):
 
 def test_the_script_of_a_change_may_be_run():
     assert os.access(ROOT / ".ci" / "change", os.X_OK)
+
+
+def jobs_of(name):
+    return workflow(ROOT / ".github" / "workflows" / f"{name}.yml")["jobs"]
+
+
+def runs(job):
+    return [step["run"].split()[1] for step in job["steps"] if "run" in step]
+
+
+def test_a_release_reaches_production_by_staging_and_a_persons_word():
+    jobs = jobs_of("release")
+    assert runs(jobs["release"]) == ["setup", "release", "publish", "upload"]
+    assert runs(jobs["staging"]) == ["setup", "promote", "rollout", "status", "rollback", "rollout"]
+    assert runs(jobs["prod"]) == ["setup", "approve", "promote", "rollout", "status", "rollback", "rollout"]
+    assert (jobs["staging"]["needs"], jobs["prod"]["needs"]) == ("release", ["release", "staging"])
+    # GitHub lets nobody into an environment without its reviewers, and AWS gives its role to that environment alone
+    assert {name: job.get("environment") for name, job in jobs.items()} == {
+        "release": "dev", "staging": "staging", "prod": "prod", "record": None,
+    }  # fmt: skip
+    assert workflow(ROOT / ".github/workflows/release.yml")["concurrency"]["cancel-in-progress"] is False
+
+
+@pytest.mark.parametrize("name", ["staging", "prod"])
+def test_what_failed_is_taken_back_and_nothing_that_was_not_promoted_is(name):
+    steps_of = jobs_of("release")[name]["steps"]
+    [promote] = [step for step in steps_of if "make promote" in step.get("run", "")]
+    assert promote["id"] == "promote" and "if" not in promote
+    [rollback] = [step for step in steps_of if "make rollback" in step.get("run", "")]
+    assert rollback["if"] == "failure() && steps.promote.outcome == 'success'"
+    assert steps_of[-2]["if"] == "failure() && steps.rollback.outcome == 'success'"
+    # what was recorded is kept, whatever happened
+    assert steps_of[-1]["if"] == "always()" and "upload-artifact" in steps_of[-1]["uses"]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_job_that_takes_a_role_of_aws_is_of_an_environment_and_has_no_key(path):
+    for name, job in workflow(path)["jobs"].items():
+        aws = [step for step in job["steps"] if "configure-aws-credentials" in step.get("uses", "")]
+        assert bool(aws) == (job.get("permissions", {}).get("id-token") == "write"), name
+        assert all(step["with"].keys() == {"role-to-assume", "aws-region"} for step in aws)
+        assert not aws or job["environment"]
+    assert "secrets." not in path.read_text()
+
+
+def test_a_proposal_deploys_nothing():
+    assert runs(jobs_of("propose")["propose"]) == ["setup", "propose", "proposal"]
+    makefile = (ROOT / "Makefile").read_text()
+    for verb in ("propose", "proposal"):
+        recipe = re.search(rf"^{verb}:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)[1]
+        assert not re.search(r"deploy|rollout|promote|upload|release --", recipe)
+
+
+def test_the_verbs_of_a_release_say_who_asks_as_text_and_name_the_release():
+    surroundings = os.environ | {"BY": "x; touch owned", "GITHUB_OUTPUT": ""}
+    for verb, told in {
+        "approve": "shipyard approve 0.1.0-gabc prod --by \"$BY\" --key 'kms:alias/key'",
+        "promote": "shipyard promote staging prod --release 0.1.0-gabc --by \"$BY\" --key 'kms:alias/key'",
+        "rollout": 'shipyard rollout prod --by "$BY"',
+        "rollback": "shipyard rollback prod --by \"$BY\" --key 'kms:alias/key'",
+        "publish": "shipyard publish 0.1.0-gabc",
+    }.items():
+        given = ["RELEASE=0.1.0-gabc", "ENV=prod", "FROM=staging", "KEY=kms:alias/key"]
+        done = subprocess.run(
+            ["make", "--dry-run", verb, *given], cwd=ROOT, env=surroundings, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert any(line.strip().endswith(told) for line in done.stdout.splitlines()), done.stdout
+        if verb in DELIVERY:
+            assert parser().parse_args(shlex.split(told)[1:]).env == "prod"
+
+
+def test_a_pull_request_is_opened_once_and_only_for_a_change(tmp_path):
+    """The real script and git, with a stand-in for gh that writes down what it is asked."""
+    far, near, tools = tmp_path / "far.git", tmp_path / "near", tmp_path / "tools"
+    subprocess.run(["git", "init", "--quiet", "--bare", str(far)], check=True)
+    subprocess.run(["git", "clone", "--quiet", str(far), str(near)], check=True, capture_output=True)
+    (near / ".ci").mkdir()
+    (near / ".ci" / "pull-request").write_bytes((ROOT / ".ci" / "pull-request").read_bytes())
+    tools.mkdir()
+    (tools / "gh").write_text('#!/bin/sh\necho "$*" >> "$ASKED"\n[ "$2" = create ] && touch "$ASKED.there"\n'
+                              'test -e "$ASKED.there"\n')  # fmt: skip
+    (tools / "gh").chmod(0o755)
+    surroundings = {"PATH": f"{tools}:{os.environ['PATH']}", "HOME": str(tmp_path), "ASKED": str(tmp_path / "asked")}
+
+    def run(*arguments):
+        done = subprocess.run(
+            ["bash", str(near / ".ci/pull-request"), *arguments], env=surroundings, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "nothing to propose" in run("propose/prod", "A title", "proposed")
+    (near / "proposed").mkdir()
+    for text in ("{}", '{"more": 1}'):
+        (near / "proposed" / "prod.json").write_text(text)
+        run("propose/prod", "A title", "proposed", "missing")
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert asked == [
+        "pr view propose/prod", "pr create --head propose/prod --title A title --body A title", "pr view propose/prod",
+    ]  # fmt: skip
+    show = ["git", "-C", str(far), "show", "propose/prod:proposed/prod.json"]
+    assert subprocess.run(show, capture_output=True, text=True).stdout == '{"more": 1}'

@@ -85,6 +85,7 @@ HELP = {
     "down": "end what up has started",
     "drift": "compare what the gateway has written with its release: requests, scores, calibration",
     "collect": "make training data of what the gateway has written",
+    "propose": "propose a release where behaviour has drifted or enough of it is new; deploys nothing",
     "bench": "measure the CPU server beside others on one bundle",
 }
 
@@ -227,6 +228,14 @@ def parser() -> argparse.ArgumentParser:
     gathering = add("collect", more=" Writes events.parquet and searches.parquet in the schema of docs/data.md.")
     gathering.add_argument("journal", type=Path, help="folder of the gateway's --feedback, or a copy of its stream")
     gathering.add_argument("--out", type=Path, required=True, help="folder to write to")
+    proposing = add(
+        "propose", more=" Asks the environment's alarms; writes releases/proposed/ENV.json where there is a reason."
+    )
+    proposing.add_argument("--env", required=True, help="an [env.*] of fleet.toml")
+    proposing.add_argument("--fresh", type=Path, help="a folder of `shipyard collect`, whose events count too")
+    proposing.add_argument("--events", type=int, default=100_000, help="so many are reason enough (default: 100000)")
+    proposing.add_argument("--drift", type=Path, metavar="FILE", help="what `shipyard drift --json` has printed")
+    proposing.add_argument("--no-alarms", action="store_true", help="ask no alarms")
     return top
 
 
@@ -276,6 +285,8 @@ def _run(chosen: argparse.Namespace, reporter: Reporter) -> int:
     if chosen.verb == "collect":
         print(json.dumps(importlib.import_module("shipyard.collect").collect(chosen.journal, chosen.out)))
         return 0
+    if chosen.verb == "propose":
+        return _propose(chosen, fleet, root, reporter)
     if chosen.verb == "drift":
         return _drift(chosen, build)
     if chosen.verb == "bench":
@@ -398,6 +409,24 @@ def _look(chosen: argparse.Namespace, reporter: Reporter) -> int:
     if chosen.store is not None:
         done["bytes_read"] = verify_store(release, open_store(chosen.store), reporter.progress)
     print(json.dumps(done) if chosen.json else "verified " + ", ".join(f"{k} {v}" for k, v in done.items()))
+    return 0
+
+
+def _propose(chosen: argparse.Namespace, fleet: Fleet, root: Path, reporter: Reporter) -> int:
+    """Look for reasons to train again and tell them."""
+    if chosen.env not in fleet.env:
+        raise ShipyardError("--env: no such environment", value=chosen.env, allowed=", ".join(fleet.env))
+    module = importlib.import_module("shipyard.propose")
+    alarms = [] if chosen.no_alarms else module.alarms_of(fleet, chosen.env)
+    events = None if chosen.fresh is None else module.fresh(chosen.fresh)
+    measures = [] if chosen.drift is None else module.measured(chosen.drift)
+    told = module.propose(
+        fleet, chosen.env, alarms=alarms, measures=measures, events=events, threshold=chosen.events,
+        folder=root / "releases" / "proposed",
+    )  # fmt: skip
+    what = ", ".join(reason["what"] for reason in told["reasons"])
+    reporter.line(f"proposes a release for {chosen.env}: {what}" if what else "proposes nothing: no reason")
+    print(json.dumps(told, ensure_ascii=False))
     return 0
 
 

@@ -36,7 +36,7 @@ from sagemaker.train.model_trainer import ModelTrainer
 CONFIG = {"SchemaVersion": "1.0", "SageMaker": {"PythonSDK": {"Modules": {"TelemetryOptOut": True}}}}
 
 
-class _Session(Session):
+class _Session(Session):  # type: ignore[misc]  # the SDK is not where types are checked
     """A session that uses the bucket it is given: the SDK's own lists all buckets, and would create one."""
 
     def default_bucket(self) -> str:
@@ -63,7 +63,7 @@ class _DryRun:
         self.uploads = 0
         session.events.register("before-send", self.answer)
 
-    def answer(self, request: Any, event_name: str, **_: Any) -> AWSResponse:
+    def answer(self, request: Any, event_name: str, **more: Any) -> AWSResponse:
         service, _, operation = event_name.removeprefix("before-send.").partition(".")
         if (service, operation) == ("sagemaker", "CreateTrainingJob"):
             self.request = json.loads(request.body)
@@ -104,6 +104,7 @@ def main(arguments: list[str]) -> int:
         boto_session=boto, default_bucket=staging["bucket"], default_bucket_prefix=staging["prefix"],
         sagemaker_config=CONFIG,
     )  # fmt: skip
+    told: dict[str, Any]
     try:
         trainer = trainer_of(plan, session)
         trainer.train(wait=False, logs=False)
