@@ -60,8 +60,9 @@ bench-artifacts: setup ## time and memory of each stage, archives and uploads, o
 deploy-local: setup ## make a release, then deploy, update, roll back and destroy dev on this machine (PROFILE=quick)
 	$(SHIPYARD) deploy-local --profile $(PROFILE)
 
-docs: setup ## write docs/stacks.md, the diagram and tables of all stacks, from their templates
-	SHIPYARD_UPDATE_DOCS=1 $(BIN)/python -m pytest --quiet tests/test_stacks.py
+docs: setup ## write docs/release.schema.json and the tables of docs/stacks.md and docs/security.md from code and templates
+	$(BIN)/python -c 'from models.release import json_schema; print(json_schema(), end="")' > docs/release.schema.json
+	SHIPYARD_UPDATE_DOCS=1 $(BIN)/python -m pytest --quiet tests/test_stacks.py tests/test_security.py
 
 test: setup lint ## all tests, on a small profile of the real data
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
@@ -93,13 +94,28 @@ bench-edge: setup ## the edge in figures: sizes, memory, latency, deltas (half a
 edge-lock: setup ## write the lock of the edge's wheels anew, from constraints.txt
 	$(BIN)/python -m shipyard.wheels
 
+.PHONY: setup-sagemaker test-sagemaker
+setup-sagemaker: .venv-sagemaker/.complete ## make .venv-sagemaker, which has the SDK that starts training jobs
+
+.venv-sagemaker/.complete: pyproject.toml constraints-sagemaker.txt
+	test -x .venv-sagemaker/bin/python || $(PYTHON) -m venv .venv-sagemaker
+	.venv-sagemaker/bin/python -m pip install --quiet --constraint constraints-sagemaker.txt --editable '.[sagemaker]'
+	touch $@
+
+test-sagemaker: setup setup-sagemaker ## the tests of training jobs, with the SDK
+	$(BIN)/python -m pytest tests/test_remote.py
+
 clean: ## remove everything that was built, the environments too
-	rm -rf build cdk.out .venv node_modules
+	rm -rf build cdk.out .venv .venv-sagemaker node_modules
 
 .PHONY: cost
 USAGE ?= docs/usage.toml
 cost: setup ## what cdk.out costs: table, build/cost/report.html and .json (USAGE=docs/usage.toml)
 	$(SHIPYARD) cost cdk.out --usage $(USAGE) --html build/cost/report.html --save build/cost/report.json
+
+.PHONY: bench-cost
+bench-cost: synth ## how long the report takes, of cdk.out and of a template of 500 resources
+	$(BIN)/python tests/bench_cost.py
 
 .PHONY: change change-comment
 change: synth cost ## what a change does to cost and templates: build/change/change.md (SINCE=commit, default the last release)

@@ -34,6 +34,7 @@ from serve.runtime import LOGITS, Model
 from serve.trust import MANIFEST, check_bundle
 from shipyard.archive import write_tar_gz
 from shipyard.export import IR_VERSION, OPSET
+from shipyard.gates import MOST_RUNTIME_MB
 from shipyard.golden import golden
 from shipyard.reference import REFERENCE
 from shipyard.stage import closure
@@ -228,9 +229,6 @@ def _gateway_template(key: str) -> dict[str, Any]:
 
 EDGE_CODE = ("agent", "delta", "device", "download", "install", "link", "local", "protocol", "store", "telemetry")
 """What of serve.greengrass runs on a device."""
-
-MOST_RUNTIME_MB = 160
-"""Size of the runtime for both architectures, most of which are wheels."""
 
 
 def bundle_runtime(models: tuple[str, ...], wheels: Path, out: Path) -> dict[str, Any]:

@@ -20,10 +20,8 @@ from serve.errors import ShipyardError
 from shipyard.examples import Examples
 from shipyard.export import Requests, check_graph, check_outputs, open_session, requests, run, score_onnx, trim
 from shipyard.forms import FORMS, FP32, TABLES, Form, write_form
+from shipyard.gates import LEAST_ORDER
 from shipyard.metrics import PLACES
-
-LEAST_ORDER = 0.8
-"""Part of the top-10 places that must stay: neighbours with almost equal scores may change places."""
 
 SAME = 1e-3
 """Largest difference of a score between a request alone and in a batch, relative to the largest score."""
