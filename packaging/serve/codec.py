@@ -153,11 +153,11 @@ class Codec:
     def rank(self, request: Any, logits: npt.NDArray[np.float32], k: int) -> dict[str, Any]:
         """Return the k best of a request's candidates by the logits [rows] of all answers, ties in the request's order."""
         asked = list(dict.fromkeys(request["candidates"]))
-        known = [candidate for candidate in asked if candidate in self._place]
-        rows = np.array([self._place[candidate] for candidate in known], np.int64)
+        places = list(map(self._place.get, asked))
+        rows = np.array([place for place in places if place is not None], np.int64)
         order = np.argsort(-logits[rows], kind="stable")[:k]
         answer = self._answer(request, rows[order], logits[rows[order]])
-        missing = [candidate for candidate in asked if candidate not in self._place]
+        missing = [candidate for candidate, place in zip(asked, places, strict=True) if place is None]
         return answer | {"unknown_candidates": missing}
 
     def _answer(self, request: Any, rows: npt.NDArray[np.int64], scores: npt.NDArray[np.float32]) -> dict[str, Any]:
@@ -184,11 +184,11 @@ def _check_candidates(candidates: Any, where: str) -> int:
     """Refuse what is not a list of ids; return how many they are."""
     if not isinstance(candidates, list) or not 1 <= len(candidates) <= MOST_CANDIDATES:
         raise BadRequest(f"{where}: candidates: wrong", allowed=f"a list of 1 to {MOST_CANDIDATES} ids")
-    for i, candidate in enumerate(candidates):
-        if type(candidate) not in (int, str):
-            raise BadRequest(
-                f"{where}: candidates[{i}]: wrong", value=repr(candidate)[:80], allowed="a whole number or a text"
-            )
+    if not set(map(type, candidates)) <= {int, str}:  # a thousand are looked at at once
+        i = next(i for i, candidate in enumerate(candidates) if type(candidate) not in (int, str))
+        raise BadRequest(
+            f"{where}: candidates[{i}]: wrong", value=repr(candidates[i])[:80], allowed="a whole number or a text"
+        )
     return len(candidates)
 
 

@@ -15,7 +15,7 @@ def observed(codec: Codec, request: Mapping[str, Any], answer: Mapping[str, Any]
     """
     history = request.get("history", [])
     asked = {event["product"] for event in history}
-    found = {"events": len(history), "offers": len(request.get("offers", []))}
+    found: dict[str, float] = {"events": len(history), "offers": len(request.get("offers", []))}
     if history:
         found["days"] = min(event["days_ago"] for event in history)
         found["unknown"] = len(codec.unknown(request)) / len(asked)

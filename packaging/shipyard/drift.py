@@ -161,14 +161,14 @@ def of_release(release: Release, build: Path) -> tuple[dict[str, Any], str]:
     Raises:
         ShipyardError: the release has no gateway, or its bundle is not there, differs, or has no reference.
     """
-    [gateway] = release.of("gateway") or [None]
-    if gateway is None:
+    gateways = release.of("gateway")
+    if not gateways:
         raise ShipyardError(f"release {release.version} has no gateway", mend="name a journal: --against")
     folder = build / release.profile / "gateway" / "bundle" / "bundle"
-    check_bundle(folder, gateway.manifest)
+    check_bundle(folder, gateways[0].manifest)
     if not (folder / REFERENCE).is_file():
         raise ShipyardError(f"{folder}: no {REFERENCE}", mend="name a journal: --against")
-    return read_json(folder / REFERENCE), gateway.manifest[:16]
+    return read_json(folder / REFERENCE), gateways[0].manifest[:16]
 
 
 def of_journal(journal: Path, kinds: Sequence[str]) -> dict[str, Any]:
