@@ -369,8 +369,8 @@ def _body(line: Line, artifacts: Mapping[str, Mapping[str, Any]]) -> dict[str, A
             "bytes_shared": cut["bytes_shared"],
             "score": _score(scores[name]),
             "rerank": _rerank(line.rerank(name)),
-            "formats": [exported | {"loss": 0.0, "latency_ms": quantised["fp32_latency_ms"]}, quantised["form"]],
-            "losers": [{key: value for key, value in other.items() if key != "alone"} for other in quantised["others"]],
+            "formats": [exported["form"] | {"latency_ms": quantised["fp32_latency_ms"]}, quantised["form"]],
+            "losers": quantised["others"],
         }
     sources, libraries = closure(
         ("shipyard.release", "shipyard.rerank", *(f"shipyard.{verb}" for verb in VERBS), *line._models)
