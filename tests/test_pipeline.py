@@ -100,7 +100,13 @@ def test_parity_and_quantisation(small: Made, unit: str) -> None:
     assert served.loss <= target.max_loss
     assert served.order > 0.8
     assert served.parity > 0  # it is another graph
-    assert small.said(unit, "quantise")["alone"] <= 1e-3
+    exported, checks = small.said(unit, "export"), small.said(unit, "quantise")["checks"]
+    extreme = {"an empty request", "the longest history"}
+    extreme |= {"the longest query", "a Chinese query"} if unit == "search" else set()
+    assert exported["parity"].keys() == extreme | {"real requests"}
+    assert max(exported["parity"].values()) <= 1e-4 and exported["alone"] <= 1e-4
+    assert checks.keys() == extreme | {"alone"}
+    assert checks["alone"] <= 1e-3 and min(checks[case] for case in extreme) >= 0.99
 
 
 @pytest.mark.parametrize("unit", UNITS)

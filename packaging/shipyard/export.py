@@ -20,7 +20,7 @@ from models.behaviour import VALIDATION, Ints, load_behaviour
 from models.config import Finetune
 from serve.errors import ShipyardError
 from serve.history import FEATURES, LIMIT, MOST_OFFERS, OFFER
-from shipyard.cases import Arrays, Requests, extremes, requests, singles, together
+from shipyard.cases import Arrays, extremes, requests, singles, together
 from shipyard.examples import RETURNED, Examples
 from shipyard.metrics import PLACES
 from shipyard.split import load_alone
@@ -201,11 +201,6 @@ def check_outputs(session: ort.InferenceSession, inputs: Arrays, where: str) -> 
     if not np.array_equal(scores, np.take_along_axis(logits, rows, 1)):
         raise ShipyardError(f"{where}: the scores are not the logits of their rows")
     return rows, logits
-
-
-def score_onnx(session: ort.InferenceSession, wanted: Requests, batch: int = 64) -> npt.NDArray[np.float64]:
-    """Return nDCG@10 [B] of a graph on requests with known answers."""
-    return wanted.ndcg(np.concatenate([run(session, inputs)[0][:, :PLACES] for inputs in wanted.batches(batch)]))
 
 
 def difference(logits: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:

@@ -214,13 +214,16 @@ TABLES: dict[Precision, tuple[Form, ...]] = {
     "fp16": (Form("tables in fp16", "fp16", partial(to_fp16, which="tables")),),
     "int8": (
         Form("tables in int8", "int8", partial(to_int8, which="tables")),
-        Form("tables in int8, products of floats", "int8", partial(to_int8, which="tables", integers=False)),
-        Form("tables in int8, blocks of 32", "int8", partial(to_int8, which="tables", integers=False, block=32)),
+        Form(
+            "tables in int8, blocks of 32, products of floats",
+            "int8",
+            partial(to_int8, which="tables", integers=False, block=32),
+        ),
         Form("tables in fp16", "fp16", partial(to_fp16, which="tables")),
     ),
 }
-"""Forms of the tables by a target's precision. They have a gate of their own: what they cost does not hide behind the rest.
-Products of one category crowd together, and where int8 mixes them up, fp16 is left."""
+"""Forms of the tables by a target's precision, the smallest first. They have a gate of their own: what they cost does not
+hide behind the rest. Products of one category crowd together, and where int8 mixes them up, fp16 is left."""
 
 REST: dict[Precision, tuple[Form, ...]] = {
     "fp32": (),

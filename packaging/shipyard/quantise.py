@@ -1,6 +1,6 @@
 """Quantise: the form that a target serves, chosen from a small grid, each held to the loss of the metric and to rank.
 
-Of the forms that hold, the smallest is taken, of equally small ones the first in the grid. Latency is recorded, and decides
+Of the forms that hold, the smallest is taken, of almost equal ones the first in the grid. Latency is recorded, and decides
 where a target asks for it (`choose = "latency"`): a clock chooses otherwise on another day, and the same inputs then have
 another bundle. The grid's other forms stay in the record with their figures.
 """
@@ -15,13 +15,13 @@ import onnx
 from scipy.stats import spearmanr
 
 from models import trunk
-from models.behaviour import VALIDATION, load_behaviour
+from models.behaviour import VALIDATION, Floats, Ints, load_behaviour
 from models.config import Target
 from serve.engine import machine
 from serve.errors import ShipyardError
 from shipyard.cases import Arrays, Requests, extremes, requests, singles
 from shipyard.examples import Examples
-from shipyard.export import alone_against_together, check_graph, check_outputs, open_session, run, score_onnx
+from shipyard.export import alone_against_together, check_graph, check_outputs, open_session, run
 from shipyard.forms import FP32, REST, TABLES, Form, combined, write_form
 from shipyard.metrics import PLACES
 
@@ -30,6 +30,9 @@ LEAST_ORDER = 0.8
 
 LEAST_CORRELATION = 0.99
 """Rank correlation over all rows with fp32, for a request that is empty, the longest or Chinese."""
+
+ALIKE = 1.01
+"""Forms whose size or latency differs by less are taken for equal."""
 
 SAME = 1e-3
 """Largest difference of a logit between a request alone and in a batch, relative to the largest of the request."""
@@ -40,7 +43,8 @@ def quantise(
 ) -> dict[str, Any]:
     """Write model.onnx in the best form of its target's precision, held to the target's gate on validation examples.
 
-    The tables are chosen first, alone, then the form of all other weights beside them.
+    The form of the tables is chosen first, alone: the first that holds, for the smallest come first. Then that of all other
+    weights beside them.
 
     Returns:
         The records of fp32 (`fp32_latency_ms`, `metric_fp32`), of the chosen `form` with its `checks`, of the `others` with
@@ -60,7 +64,7 @@ def quantise(
     judge = _Judge(plain, requests(names, cut, tokenizer), extremes(names, cut, tokenizer), target)
     where = f"quantise: {name}: {target.precision}"
 
-    tables = _tried(judge, model, TABLES[target.precision], out, "tables")
+    tables = _tried(judge, model, TABLES[target.precision], out, "tables", enough=1)
     table = _best(tables, target, f"{where}: tables") if tables else None
     rest = REST[target.precision]
     grid = rest if table is None else tuple(combined(form, table.form) for form in rest)
@@ -100,20 +104,24 @@ class _Tried:
     refused: str | None
 
 
-def _tried(judge: "_Judge", model: onnx.ModelProto, forms: tuple[Form, ...], out: Path, prefix: str) -> list[_Tried]:
-    """Write and measure every form that changes something."""
-    found = []
+def _tried(
+    judge: "_Judge", model: onnx.ModelProto, forms: tuple[Form, ...], out: Path, prefix: str, enough: int | None = None
+) -> list[_Tried]:
+    """Write and measure the forms that change something, until `enough` of them hold."""
+    found: list[_Tried] = []
     for number, form in enumerate(forms):
         if (written := write_form(model, form)) is not None:
             file = out / f"{prefix}-{number}.onnx"
             onnx.save(written, file)
             check_graph(file)
             found.append(judge.judge(form, file))
+            if sum(one.refused is None for one in found) == enough:
+                break
     return found
 
 
 def _best(tried: list[_Tried], target: Target, where: str) -> _Tried:
-    """Return the smallest form that holds, or by the target's wish the fastest; of equal ones the first.
+    """Return the smallest form that holds, or by the target's wish the fastest; of almost equal ones the first.
 
     Raises:
         ShipyardError: none holds.
@@ -125,25 +133,31 @@ def _best(tried: list[_Tried], target: Target, where: str) -> _Tried:
             mend="choose another precision for the target in fleet.toml",
         )  # fmt: skip
     by = "latency_ms" if target.choose == "latency" else "bytes"
-    return min(holding, key=lambda one: one.record[by])
+    least = min(one.record[by] for one in holding)
+    return next(one for one in holding if one.record[by] <= ALIKE * least)
 
 
 class _Judge:
     """Measure forms against fp32 on the same requests."""
 
     def __init__(self, plain: Any, wanted: Requests, extreme: dict[str, Arrays], target: Target) -> None:
-        self.plain, self.wanted, self.extreme, self.target = plain, wanted, extreme, target
-        self.before = score_onnx(plain, wanted)
+        self.wanted, self.extreme, self.target = wanted, extreme, target
+        self.alone = singles(wanted, list(extreme.values()))
+        self.rows, self.first = _answers(plain, wanted)
+        self.before = wanted.ndcg(self.rows)
+        self.logits = {case: check_outputs(plain, inputs, case)[1][0, 1:] for case, inputs in extreme.items()}
         self.latency_ms = latency(plain, wanted)
 
     def judge(self, form: Form, file: Path) -> _Tried:
         """Return a form's figures, and why it is refused, or None."""
         session = open_session(file)
-        after = score_onnx(session, self.wanted)
-        loss = float((self.before.mean() - after.mean()) / max(self.before.mean(), 1e-9))
-        parity, order = _compare(self.plain, session, self.wanted)
-        checks = {"alone": alone_against_together(session, singles(self.wanted, list(self.extreme.values())))}
-        checks |= {case: _correlation(self.plain, session, inputs) for case, inputs in self.extreme.items()}
+        rows, first = _answers(session, self.wanted)
+        loss = float((self.before.mean() - self.wanted.ndcg(rows).mean()) / max(self.before.mean(), 1e-9))
+        order = float((rows == self.rows).mean())
+        checks = {"alone": alone_against_together(session, self.alone)}
+        for case, inputs in self.extreme.items():
+            logits = check_outputs(session, inputs, f"quantise: {form.name}: {case}")[1][0, 1:]
+            checks[case] = float(spearmanr(self.logits[case], logits).statistic)
         worst = min(self.extreme, key=checks.__getitem__)
         refused = None
         if not loss <= self.target.max_loss:
@@ -155,32 +169,23 @@ class _Judge:
         elif not checks["alone"] <= SAME:
             refused = f"a score changes by {checks['alone']:.1e} with the batch that it comes in; {SAME} at most"
         record = {
-            "form": form.name, "precision": form.precision, "bytes": file.stat().st_size, "parity": parity,
-            "order": order, "loss": loss, "latency_ms": latency(session, self.wanted),
+            "form": form.name, "precision": form.precision, "bytes": file.stat().st_size,
+            "parity": float(np.abs(first - self.first).max() / np.abs(self.first).max()), "order": order, "loss": loss,
+            "latency_ms": latency(session, self.wanted),
         }  # fmt: skip
         return _Tried(form, file, record, checks, refused)
 
 
-def _compare(plain: Any, small: Any, wanted: Requests) -> tuple[float, float]:
-    """Return the largest difference of a first score relative to the largest, and the part of equal top-10 places.
+def _answers(session: Any, wanted: Requests) -> tuple[Ints, Floats]:
+    """Return the first ten rows [B, 10] of a graph, and the scores [B] of the first of them.
 
     Raises:
-        ShipyardError: the small graph's scores are not its logits.
+        ShipyardError: a logit is no finite number, or the scores are not the logits of their rows.
     """
-    worst, equal = 0.0, []
-    for inputs in wanted.batches(64):
-        rows, scores = run(plain, inputs)
-        other_rows, logits = check_outputs(small, inputs, "quantise")
-        other = np.take_along_axis(logits, other_rows, 1)
-        worst = max(worst, float(np.abs(scores[:, 0] - other[:, 0]).max() / np.abs(scores).max()))
-        equal.append((rows[:, :PLACES] == other_rows[:, :PLACES]).mean())
-    return worst, float(np.mean(equal))
-
-
-def _correlation(plain: Any, small: Any, inputs: Arrays) -> float:
-    """Return the rank correlation (Spearman) of all logits of one request."""
-    found = [check_outputs(session, inputs, "quantise")[1][0, 1:] for session in (plain, small)]
-    return float(spearmanr(*found).statistic)
+    found = [check_outputs(session, inputs, "quantise") for inputs in wanted.batches(64)]
+    rows = np.concatenate([rows[:, :PLACES] for rows, _ in found])
+    first = np.concatenate([np.take_along_axis(logits, rows[:, :1], 1)[:, 0] for rows, logits in found])
+    return rows, first
 
 
 def latency(session: Any, wanted: Requests, rounds: int = 30) -> float:
