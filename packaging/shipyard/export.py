@@ -13,6 +13,7 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 import torch
+from google.protobuf.message import DecodeError
 from torch import Tensor, nn
 
 from models import submodel, trunk
@@ -152,7 +153,10 @@ def check_graph(file: Path) -> None:
     Raises:
         ShipyardError: IR or opset is too new, weights lie outside of the graph's folder or are missing, or are not finite.
     """
-    model = onnx.load(file, load_external_data=False)
+    try:
+        model = onnx.load(file, load_external_data=False)
+    except DecodeError:
+        raise ShipyardError(f"{file}: no graph of ONNX", mend="run the export again") from None
     opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
     if model.ir_version > IR_VERSION or opset > OPSET:
         raise ShipyardError(
@@ -170,7 +174,13 @@ def check_graph(file: Path) -> None:
                     value=told.get("location", ""), allowed="a file beside the graph",
                 )  # fmt: skip
             onnx.external_data_helper.load_external_data_for_tensor(tensor, str(folder))
-        if tensor.data_type in FLOATING and not np.isfinite(onnx.numpy_helper.to_array(tensor)).all():
+        try:
+            finite = tensor.data_type not in FLOATING or np.isfinite(onnx.numpy_helper.to_array(tensor)).all()
+        except (ValueError, TypeError) as fault:  # fewer bytes than its shape says, or another shape
+            raise ShipyardError(
+                f"{file}: weight {tensor.name} is not whole: {fault}", mend="run the export again"
+            ) from None
+        if not finite:
             raise ShipyardError(
                 f"{file}: a weight is no finite number", value=tensor.name, mend="train again, with a smaller rate"
             )

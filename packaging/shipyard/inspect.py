@@ -80,12 +80,12 @@ def _graph(content: bytes, where: str) -> dict[str, Any]:
     """Return a graph's versions, inputs and outputs with their shapes, operators by number, and bytes of weights by type."""
     try:
         model = onnx.load_model_from_string(content)
-    except DecodeError:
-        raise ShipyardError(f"{where}: no graph of ONNX", mend="make the bundle again") from None
-    types = onnx.TensorProto.DataType
-    weights: Counter[str] = Counter()
-    for tensor in model.graph.initializer:
-        weights[types.Name(tensor.data_type).lower()] += tensor.ByteSize()
+        types = onnx.TensorProto.DataType
+        weights: Counter[str] = Counter()
+        for tensor in model.graph.initializer:
+            weights[types.Name(tensor.data_type).lower()] += tensor.ByteSize()
+    except (DecodeError, ValueError) as fault:  # ValueError: a type of numbers that ONNX does not have
+        raise ShipyardError(f"{where}: no graph of ONNX: {fault}", mend="make the bundle again") from None
     return {
         "ir_version": model.ir_version,
         "opset": {opset.domain or "ai.onnx": opset.version for opset in model.opset_import},

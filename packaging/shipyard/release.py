@@ -27,6 +27,12 @@ VERBS = ("data", "finetune", "evaluate", "split", "export", "quantise", "bundle"
 JUDGED = ("validation_examples", "test_examples", "test_each", "strong_baselines")
 """What of a profile the evaluation depends on."""
 
+VARIES = {
+    "finetune": "torch adds up by thread: the singular vectors that the projection starts from and the gradients of layer "
+    "norms follow the number of threads; with more than one the projection's gradient differs between two runs"
+}
+"""Stages whose output the number of threads decides too, and why; torch's deterministic algorithms change none of it."""
+
 RUNTIME = "edge_runtime"
 """Unit of the edge's runtime, which is code and belongs to no sub-model."""
 
@@ -385,6 +391,7 @@ def _body(line: Line, artifacts: Mapping[str, Mapping[str, Any]]) -> dict[str, A
             "code_sha256": digest({name: sha256_file(path) for name, path in sources.items()}),
             "libraries": libraries,
             "machine": machine() | {"threads": importlib.import_module("torch").get_num_threads()},
+            "varies": VARIES,
         },
         "submodels": submodels,
         "fusion": _fusion(line.evaluate.said.get("fusion")),
