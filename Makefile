@@ -6,11 +6,14 @@ BIN := .venv/bin
 SHIPYARD := $(BIN)/shipyard
 # what mosquitto needs beside what every Debian has
 BROKER := libcjson1 libdlt2 libev4 libmosquitto1 libuv1 libwebsockets17 libwrap0
+# what Chromium needs beside what every Debian has
+BROWSER := chromium-common libasyncns0 libdouble-conversion3 libflac12 libharfbuzz-subset0 libminizip1 libmp3lame0 libmpg123-0
+BROWSER += libogg0 libopenh264-7 libopus0 libpulse0 libsndfile1 libvorbis0a libvorbisenc2 libxnvctrl0
 export JSII_SILENCE_WARNING_END_OF_LIFE_NODE_VERSION ?= 20
 
 .DEFAULT_GOAL := help
 .PHONY: help setup release report compare up down bench synth bench-synth bench-artifacts test lint broker simulate edge-lock
-.PHONY: bench-edge clean deploy-local docs
+.PHONY: bench-edge clean deploy-local docs browser soak
 
 help: ## list the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,8 +60,9 @@ bench-artifacts: setup ## time and memory of each stage, archives and uploads, o
 deploy-local: setup ## make a release, then deploy, update, roll back and destroy dev on this machine (PROFILE=quick)
 	$(SHIPYARD) deploy-local --profile $(PROFILE)
 
-docs: setup ## write docs/stacks.md, the diagram and tables of all stacks, from their templates
-	SHIPYARD_UPDATE_DOCS=1 $(BIN)/python -m pytest --quiet tests/test_stacks.py
+docs: setup ## write docs/release.schema.json and the tables of docs/stacks.md and docs/security.md from code and templates
+	$(BIN)/python -c 'from models.release import json_schema; print(json_schema(), end="")' > docs/release.schema.json
+	SHIPYARD_UPDATE_DOCS=1 $(BIN)/python -m pytest --quiet tests/test_stacks.py tests/test_security.py
 
 test: setup lint ## all tests, on a small profile of the real data
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
@@ -71,6 +75,15 @@ lint: setup ## ruff and mypy
 broker: ## unpack Debian's mosquitto into build/broker, for the edge's simulation; nothing is installed
 	mkdir -p build/broker && cd build/broker && apt-get download mosquitto $(BROKER) && for p in *.deb; do dpkg -x $$p .; done
 
+browser: ## unpack Debian's headless Chromium into build/browser, for the tests of the page; nothing is installed
+	mkdir -p build/browser && cd build/browser && apt-get download chromium-headless-shell $(BROWSER) && for p in *.deb; do dpkg -x $$p .; done
+
+SOAK ?= 600
+OVERLOAD ?= 60
+soak: setup ## overload at three times the capacity, every fault on every target, ten minutes of load (SOAK=, OVERLOAD=seconds)
+	$(BIN)/python -m tests.soak --overload $(OVERLOAD) --soak $(SOAK)
+	SHIPYARD_FAULTS=all $(BIN)/python -m pytest -q -s tests/test_faults.py
+
 simulate: setup broker ## fifty edge devices on a real broker, and twenty more through ten thousand steps (minutes)
 	SHIPYARD_DEVICES=50 SHIPYARD_ROUNDS=6 $(BIN)/python -m pytest -s tests/test_edge_simulation.py
 	SHIPYARD_STEPS=10000 $(BIN)/python -m pytest tests/test_edge_sync.py
@@ -81,13 +94,28 @@ bench-edge: setup ## the edge in figures: sizes, memory, latency, deltas (half a
 edge-lock: setup ## write the lock of the edge's wheels anew, from constraints.txt
 	$(BIN)/python -m shipyard.wheels
 
+.PHONY: setup-sagemaker test-sagemaker
+setup-sagemaker: .venv-sagemaker/.complete ## make .venv-sagemaker, which has the SDK that starts training jobs
+
+.venv-sagemaker/.complete: pyproject.toml constraints-sagemaker.txt
+	test -x .venv-sagemaker/bin/python || $(PYTHON) -m venv .venv-sagemaker
+	.venv-sagemaker/bin/python -m pip install --quiet --constraint constraints-sagemaker.txt --editable '.[sagemaker]'
+	touch $@
+
+test-sagemaker: setup setup-sagemaker ## the tests of training jobs, with the SDK
+	$(BIN)/python -m pytest tests/test_remote.py
+
 clean: ## remove everything that was built, the environments too
-	rm -rf build cdk.out .venv node_modules
+	rm -rf build cdk.out .venv .venv-sagemaker node_modules
 
 .PHONY: cost
 USAGE ?= docs/usage.toml
 cost: setup ## what cdk.out costs: table, build/cost/report.html and .json (USAGE=docs/usage.toml)
 	$(SHIPYARD) cost cdk.out --usage $(USAGE) --html build/cost/report.html --save build/cost/report.json
+
+.PHONY: bench-cost
+bench-cost: synth ## how long the report takes, of cdk.out and of a template of 500 resources
+	$(BIN)/python tests/bench_cost.py
 
 .PHONY: change change-comment
 change: synth cost ## what a change does to cost and templates: build/change/change.md (SINCE=commit, default the last release)

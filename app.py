@@ -2,7 +2,8 @@
 
 Context: `-c env=dev,prod` restricts the environments; `-c release=PATH` takes that release for all of them, with the
 trusted keys of `-c keys=FOLDER` or of the folder `keys` beside it; `-c fleet=PATH` names another fleet.toml; `-c
-allow-older=true` takes releases before project.minimum_sequence too. Paths are relative to the folder of this file.
+allow-older=true` takes releases before project.minimum_sequence too; `-c unapproved=true` takes that of `-c release` without
+an approval, to look at. Paths are relative to the folder of this file.
 """
 
 import sys
@@ -24,8 +25,10 @@ from infra.replica import Replica, ReplicaStack
 from infra.rules import check_templates
 from infra.storage import StorageStack
 from infra.template import placeholders
+from infra.training import TrainingStack
+from models.approval import check_promoted, check_withdrawn, require_approval
 from models.config import Fleet, load_fleet
-from models.release import Release, ShipyardError, load_keys, read_release, trusted_key
+from models.release import Release, ShipyardError, check_papers, load_keys, read_release, trusted_key
 
 ROOT = Path(__file__).resolve().parent
 SLOW_MS = 500  # of an environment that nobody watches
@@ -73,6 +76,17 @@ class FleetStage(cdk.Stage):
             ObserveStack(self, "observe", settings=env.observe, env=env, release=release, watched=watched)
         if env.delivery is not None:
             DeliveryStack(self, "delivery", settings=env.delivery, fleet=fleet, name=name, storage=storage)
+        if env.training is not None:
+            TrainingStack(
+                self,
+                "training",
+                fleet=fleet,
+                name=name,
+                image=env.training.image,
+                own_role=env.training.role is None,
+                storage=storage,
+                network=network,
+            )
         # no release among the tags: each release would touch every resource
         cdk.Tags.of(self).add("project", fleet.project.name)
         cdk.Tags.of(self).add("environment", name)
@@ -93,13 +107,22 @@ def build(app: cdk.App, root: Path) -> None:
         env = fleet.env[name]
         path = root / (release_path or f"releases/{env.release}.json")
         _check_there(name, path)
-        keys = load_keys(root / keys_path if keys_path else path.parent / "keys")
+        trusted = root / keys_path if keys_path else path.parent / "keys"
+        keys = load_keys(trusted)
         oldest = 0 if app.node.try_get_context("allow-older") == "true" else fleet.project.minimum_sequence
         release = read_release(path, keys, oldest)
+        check_withdrawn(path)
+        # what is deployed from fleet.toml is never excused
+        if not release_path or app.node.try_get_context("unapproved") != "true":
+            require_approval(release, name, env, path.parent, trusted)
+        if not release_path:
+            check_promoted(release, name, env, path.parent, keys)
+        check_papers(path, release.papers)
         shadow = None
         if env.gpu.shadow is not None:
             _check_there(name, shadow_path := path.parent / f"{env.gpu.shadow}.json")
             shadow = read_release(shadow_path, keys)
+            check_withdrawn(shadow_path)
         check_release(name, env, release, shadow)
         FleetStage(app, name, fleet=fleet, release=release, shadow=shadow, signer=trusted_key(release, keys))
 

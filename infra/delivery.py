@@ -11,6 +11,7 @@ from models.config import DeliverySettings, Fleet
 ISSUER = "token.actions.githubusercontent.com"
 QUALIFIER = "hnb659fds"  # of `cdk bootstrap`, where no other is given
 ARTIFACTS = "artifacts/*"
+REGISTER = "delivery/*"  # lock, records and state of a delivery, each written on a condition
 
 
 def release_role(fleet: Fleet, name: str) -> str:
@@ -85,7 +86,7 @@ class DeliveryStack(cdk.Stack):
         statements = [
             iam.PolicyStatement(
                 actions=["s3:AbortMultipartUpload", "s3:GetObject", "s3:ListMultipartUploadParts", "s3:PutObject"],
-                resources=[storage.bucket.arn_for_objects(ARTIFACTS)],
+                resources=[storage.bucket.arn_for_objects(ARTIFACTS), storage.bucket.arn_for_objects(REGISTER)],
             ),
             iam.PolicyStatement(
                 actions=["s3:ListBucket", "s3:ListBucketMultipartUploads"], resources=[storage.bucket.bucket_arn]

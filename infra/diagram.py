@@ -54,7 +54,7 @@ def diagram(templates: Mapping[str, Template]) -> str:
         if isinstance(resource.get("Properties", {}).get(key), str)
     }
     used = {
-        (stack, name): set(_uses(templates, stack, resource, named)) - {(stack, name)}
+        (stack, name): set(uses(templates, stack, resource, named)) - {(stack, name)}
         for stack, template in templates.items()
         for name, resource in template["Resources"].items()
     }
@@ -106,13 +106,13 @@ def _reach(
     return found
 
 
-def _uses(
+def uses(
     templates: Mapping[str, Template], stack: str, value: Any, named: Mapping[str, tuple[str, str]]
 ) -> Iterator[tuple[str, str]]:
     """Yield the resources that a part of a template refers to: in its own stack, by another's export, or by name."""
     if isinstance(value, list):
         for item in value:
-            yield from _uses(templates, stack, item, named)
+            yield from uses(templates, stack, item, named)
     elif isinstance(value, str):
         yield from (place for name, place in named.items() if name in value)
     elif isinstance(value, dict):
@@ -124,11 +124,11 @@ def _uses(
             yield from _exporter(templates, str(value["Fn::ImportValue"]))
         else:
             for item in value.values():
-                yield from _uses(templates, stack, item, named)
+                yield from uses(templates, stack, item, named)
 
 
 def _exporter(templates: Mapping[str, Template], export: str) -> Iterator[tuple[str, str]]:
     for stack, template in templates.items():
         for output in template.get("Outputs", {}).values():
             if output.get("Export", {}).get("Name") == export:
-                yield from _uses(templates, stack, output["Value"], {})
+                yield from uses(templates, stack, output["Value"], {})

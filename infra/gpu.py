@@ -12,11 +12,11 @@ from aws_cdk import aws_logs as logs
 from aws_cdk import aws_sagemaker as sagemaker
 from constructs import Construct
 
-from infra.hosting import hosting_role, triton_image
+from infra.hosting import hosting_role
 from infra.network import NetworkStack, closed_group
 from infra.storage import CAPTURE, ENDPOINT_LOGS, StorageStack
 from infra.template import TritonTemplate, read_template
-from models.config import GpuSettings, Hours
+from models.config import GpuSettings, Hours, triton_image
 from models.release import Artifact, Release, ShipyardError
 
 # A deployment compares variants by name, so the names stay for good.
@@ -187,7 +187,7 @@ class TritonEndpoint(Construct):
                 subnets=[subnet.subnet_id for subnet in network.vpc.isolated_subnets],
             ),
             primary_container=sagemaker.CfnModel.ContainerDefinitionProperty(
-                image=triton_image(cdk.Stack.of(self)),
+                image=triton_image(cdk.Stack.of(self).region),
                 environment=hosted.template.environment,
                 model_data_source=sagemaker.CfnModel.ModelDataSourceProperty(
                     s3_data_source=sagemaker.CfnModel.S3DataSourceProperty(

@@ -9,52 +9,9 @@ from infra.findings import WILDCARD, acknowledge
 from infra.network import NetworkStack
 from infra.principals import own_service
 from infra.storage import CAPTURE, StorageStack
-from models.release import Artifact, ShipyardError, artifact_key
-
-TRITON_REPOSITORY = "sagemaker-tritonserver"
-TRITON_TAG = "26.05-py3"
-# Amazon's account by region, as `image_uris.retrieve` of the SageMaker SDK has it; GovCloud and China have no image.
-TRITON_ACCOUNTS = {
-    "ap-northeast-1": "763104351884",
-    "ap-northeast-2": "763104351884",
-    "ap-south-1": "763104351884",
-    "ap-southeast-1": "763104351884",
-    "ap-southeast-2": "763104351884",
-    "ca-central-1": "763104351884",
-    "eu-central-1": "763104351884",
-    "eu-north-1": "763104351884",
-    "eu-west-1": "763104351884",
-    "eu-west-2": "763104351884",
-    "eu-west-3": "763104351884",
-    "il-central-1": "780543022126",
-    "me-central-1": "914824155844",
-    "sa-east-1": "763104351884",
-    "us-east-1": "763104351884",
-    "us-east-2": "763104351884",
-    "us-west-1": "763104351884",
-    "us-west-2": "763104351884",
-}
-
-
-def triton_image(stack: cdk.Stack) -> str:
-    """Return the URI of Amazon's Triton image in a stack's region.
-
-    Raises:
-        ShipyardError: Amazon publishes none there.
-    """
-    account = _image_account(stack.region)
-    return f"{account}.dkr.ecr.{stack.region}.amazonaws.com/{TRITON_REPOSITORY}:{TRITON_TAG}"
-
-
-def _image_account(region: str) -> str:
-    if region not in TRITON_ACCOUNTS:
-        raise ShipyardError(
-            "gpu: no Triton image in this region",
-            value=region,
-            allowed=", ".join(TRITON_ACCOUNTS),
-            mend="choose another region or add Amazon's account to TRITON_ACCOUNTS",
-        )
-    return TRITON_ACCOUNTS[region]
+from models.config import TRITON_ACCOUNTS as TRITON_ACCOUNTS
+from models.config import TRITON_REPOSITORY, triton_account
+from models.release import Artifact, artifact_key
 
 
 def hosting_role(
@@ -92,7 +49,7 @@ def hosting_role(
             resources=[
                 stack.format_arn(
                     service="ecr",
-                    account=_image_account(stack.region),
+                    account=triton_account(stack.region),
                     resource="repository",
                     resource_name=TRITON_REPOSITORY,
                 )

@@ -6,6 +6,7 @@ from aws_cdk import aws_iam as iam
 from aws_cdk import aws_logs as logs
 from constructs import Construct
 
+from infra.principals import own_service
 from infra.storage import StorageStack
 from models.config import Environment, Vpc
 from models.release import Release, ShipyardError
@@ -136,7 +137,8 @@ class NetworkStack(cdk.Stack):
             restrict_default_security_group=False,
         )
         group = logs.LogGroup(self, "FlowLogGroup", encryption_key=storage.key, retention=logs.RetentionDays.ONE_MONTH)
-        vpc.add_flow_log("FlowLog", destination=ec2.FlowLogDestination.to_cloud_watch_logs(group))
+        role = iam.Role(self, "FlowLogRole", assumed_by=own_service(self, "vpc-flow-logs.amazonaws.com"))
+        vpc.add_flow_log("FlowLog", destination=ec2.FlowLogDestination.to_cloud_watch_logs(group, role))
         return vpc
 
     def _existing(self, settings: Vpc) -> ec2.IVpc:

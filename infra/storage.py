@@ -67,6 +67,7 @@ class StorageStack(cdk.Stack):
         )
         acknowledge(self.access_log, "AwsSolutions-S1", "It is the log itself: to log it would never end.")
         self.bucket = self._bucket("Artifacts", bucket_name, [])
+        _write_once(self.bucket)
         self.data = self._bucket(
             "Data",
             data_name,
@@ -172,6 +173,23 @@ class StorageStack(cdk.Stack):
                 )
             )
         return statements
+
+
+def _write_once(bucket: s3.Bucket) -> None:
+    """Refuse to write over an artifact, whoever asks: SageMaker verifies no signature of what it fetches.
+
+    The parts of a large upload cannot bear the header that this wants, so their end alone is held to it (S3 user guide,
+    "Enforce conditional writes"). CopyObject has no such header, so what is promoted is read and written.
+    """
+    bucket.add_to_resource_policy(
+        iam.PolicyStatement(
+            effect=iam.Effect.DENY,
+            principals=[iam.AnyPrincipal()],
+            actions=["s3:PutObject"],
+            resources=[bucket.arn_for_objects("artifacts/*")],
+            conditions={"Null": {"s3:if-none-match": "true"}, "Bool": {"s3:ObjectCreationOperation": "true"}},
+        )
+    )
 
 
 def _log_groups(stack: cdk.Stack, prefix: str) -> iam.PolicyStatement:

@@ -61,45 +61,46 @@ def _several(names: list[str]) -> str:
 def _allowed(stack: str, template: Template) -> Iterator[tuple[str, ...]]:
     """Yield a line of the table of permissions for each statement that allows something."""
     for name, resource in template["Resources"].items():
-        for statement in _statements(resource.get("Properties", {})):
-            actions = _listed(statement["Action"])
+        for statement in statements(resource.get("Properties", {})):
+            actions = listed(statement["Action"])
             if unknown := [action for action in actions if action not in REASONS]:
                 raise ShipyardError(
                     f"{stack}: {path(name, resource)}: allowed without a reason", value=", ".join(unknown),
                     mend="say in infra/reasons.py what it is needed for",
                 )  # fmt: skip
-            who = _plain(statement["Principal"]) if "Principal" in statement else "the role"
+            who = plain(statement["Principal"]) if "Principal" in statement else "the role"
             reasons = dict.fromkeys(REASONS[action] for action in actions)
             yield (
                 path(name, resource),
                 who,
                 ", ".join(f"`{action}`" for action in actions),
-                _plain(statement.get("Resource", "itself")),
-                _plain(statement.get("Condition", "")),
+                plain(statement.get("Resource", "itself")),
+                plain(statement.get("Condition", "")),
                 "; ".join(reasons),
             )
 
 
-def _statements(value: Any) -> Iterator[Mapping[str, Any]]:
+def statements(value: Any) -> Iterator[Mapping[str, Any]]:
     """Yield the statements of all policies in a resource's properties, at any depth, that allow something."""
     if isinstance(value, list):
         for item in value:
-            yield from _statements(item)
+            yield from statements(item)
     elif isinstance(value, dict):
         if value.get("Effect") == "Allow" and "Action" in value:
             yield value
         for item in value.values():
-            yield from _statements(item)
+            yield from statements(item)
 
 
-def _listed(value: Any) -> list[Any]:
+def listed(value: Any) -> list[Any]:
+    """Return a value of a template that may be one or several as a list."""
     return value if isinstance(value, list) else [value]
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
     """Return a value of a policy as text that fits a cell: references by their names, digests left out."""
     if isinstance(value, list):
-        return ", ".join(_plain(item) for item in value)
+        return ", ".join(plain(item) for item in value)
     if isinstance(value, dict):
         if "Ref" in value:
             return readable(str(value["Ref"]))
@@ -110,9 +111,9 @@ def _plain(value: Any) -> str:
             exported = re.match(r"(?:Ref|FnGetAtt)(.*?[0-9A-F]{8})", name)
             return f"{stack.rpartition('-')[2]}.{readable(exported[1] if exported else name)}"
         if "Fn::Join" in value:
-            return value["Fn::Join"][0].join(_plain(item) for item in value["Fn::Join"][1])
+            return value["Fn::Join"][0].join(plain(item) for item in value["Fn::Join"][1])
         if "Fn::Sub" in value:
-            return _plain(_listed(value["Fn::Sub"])[0])
-        return ", ".join(f"{name} {_plain(item)}" for name, item in value.items())
+            return plain(listed(value["Fn::Sub"])[0])
+        return ", ".join(f"{name} {plain(item)}" for name, item in value.items())
     text = value if isinstance(value, str) else json.dumps(value)
     return _DIGITS.sub("…", text).replace("|", "\\|").replace("*", "\\*")

@@ -102,8 +102,14 @@ def empty_task(scope: Construct, *, place: Place, statements: tuple[iam.PolicySt
         # of the customer's machines we do not know what they are: their image has both platforms
         runtime_platform=None if external else ARM64,
         task_role=role,
+        # the CDK's own could be sent here from another account
+        execution_role=iam.Role(scope, "ExecutionRole", assumed_by=own_service(scope, "ecs-tasks.amazonaws.com")),
     )
-    acknowledge(task, WILDCARD, "The execution role's ecr:GetAuthorizationToken knows no resource; images are named.")
+    acknowledge(
+        task.obtain_execution_role(),
+        WILDCARD,
+        "The execution role's ecr:GetAuthorizationToken knows no resource; images are named.",
+    )
     acknowledge(task, ENVIRONMENT, "Public keys, signatures and names of buckets: none of it is a secret.")
     return task
 

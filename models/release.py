@@ -11,6 +11,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pydantic import Field, ValidationError, model_validator
 
 from models.config import Name, Precision, Settings, TargetName, explain
+from models.lineage import Commit, Gated, Paper, Sha256
+from models.lineage import check_papers as check_papers
 
 # infra and app.py import nothing of serve themselves, so what they need of it they find here
 from serve.errors import ShipyardError as ShipyardError
@@ -21,7 +23,6 @@ from serve.trust import load_keys as load_keys
 
 SCHEMA = "shipyard.release/2"
 
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Kind = Literal["triton", "image-context", "greengrass-model", "greengrass-runtime", "gateway"]
 Bytes = Annotated[int, Field(ge=0)]
 # relative, so that the release holds in every account, region and environment; no part of it is "." or ".."
@@ -183,14 +184,18 @@ class Source(Settings):
 
     From the same trained weights follow the same bundles to the byte, under any path, language, time zone and number of
     threads. `varies` names the stages whose output depends on the number of threads too, with the reason; `machine` says
-    where they ran.
+    where they ran. `commit` is null where the code was in no git repository, and `environment_sha256`, the
+    digest of constraints.txt, where there was none.
     """
 
     data: str
     data_sha256: Sha256
     base: str
+    base_revision: str = ""
     base_sha256: Sha256
     code_sha256: Sha256
+    commit: Commit | None = None
+    environment_sha256: Sha256 | None = None
     libraries: dict[str, str]
     machine: Machine | None = None
     varies: dict[str, str] = Field(default_factory=dict)
@@ -207,7 +212,9 @@ class Signature(Settings):
 class Release(Settings):
     """One release. `version` ends in the digest of the content: the same content has the same version.
 
-    `sequence` counts releases that were published: a later one has a larger number, whatever a clock says.
+    `sequence` counts releases that were published: a later one has a larger number, whatever a clock says; `replaces` is
+    the version that was published before it. `parameters` are the tables of fleet.toml that it was made by. `papers` may
+    tell the version, for it is the digest of the rest; the signature covers them.
     """
 
     schema_name: Annotated[Literal["shipyard.release/2"], Field(alias="schema")]
@@ -218,6 +225,10 @@ class Release(Settings):
     submodels: dict[Name, Submodel]
     fusion: Fusion | None
     artifacts: Annotated[tuple[Artifact, ...], Field(min_length=1)]
+    gates: tuple[Gated, ...] = ()
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    replaces: str | None = None
+    papers: tuple[Paper, ...] = ()
     signature: Signature
 
     def of(self, kind: Kind) -> tuple[Artifact, ...]:
@@ -248,10 +259,16 @@ class Signer(Protocol):
         ...
 
 
+def version_of(body: dict[str, Any], semver: str) -> str:
+    """Return the version that a release of this content has, whatever its papers are."""
+    content = {"schema": SCHEMA, **json.loads(json.dumps(body))}
+    content.pop("papers", None)
+    return f"{semver}-g{hashlib.sha256(canonical(content)).hexdigest()[:12]}"
+
+
 def sign(body: dict[str, Any], semver: str, key: Signer) -> Release:
     """Complete `body` with the schema, the version that its content has, and a signature."""
-    document = {"schema": SCHEMA, **json.loads(json.dumps(body))}
-    document["version"] = f"{semver}-g{hashlib.sha256(canonical(document)).hexdigest()[:12]}"
+    document = {"schema": SCHEMA, **json.loads(json.dumps(body)), "version": version_of(body, semver)}
     value = base64.b64encode(key.sign(canonical(document))).decode()
     public = key.public_key()
     document["signature"] = {"algorithm": algorithm(public), "key_id": key_id(public), "value": value}
@@ -269,6 +286,16 @@ def dump(release: Release) -> str:
     # what was not signed is not written: a release that is older than a field has it not
     document = release.model_dump(mode="json", by_alias=True, exclude_unset=True)
     return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def json_schema() -> str:
+    """Return the JSON Schema of a release file (draft 2020-12), as docs/release.schema.json has it."""
+    document = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"urn:{SCHEMA.replace('/', ':')}",
+        **Release.model_json_schema(by_alias=True),
+    }
+    return json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def read_release(path: Path, keys: Keys, oldest: int = 0) -> Release:
@@ -301,16 +328,29 @@ def next_sequence(folder: Path, digests: Set[str]) -> int:
 
     The same artifacts have the same number again. Files are not verified: one that is not signed only costs a number.
     """
-    newest = 0
+    published = _published(folder)
+    for sequence, document in published.values():
+        if {artifact["digest"] for artifact in document.get("artifacts", ())} == digests:
+            return sequence
+    return max((sequence for sequence, _ in published.values()), default=0) + 1
+
+
+def replaced(folder: Path, sequence: int) -> str | None:
+    """Return the version that a release of this number replaces: the newest of those before it in `folder`, if any."""
+    before = {version: number for version, (number, _) in _published(folder).items() if number < sequence}
+    return max(before, key=lambda version: before[version], default=None)
+
+
+def _published(folder: Path) -> dict[str, tuple[int, dict[str, Any]]]:
+    """Return the releases of a folder by version, each with its number."""
+    found = {}
     for path in sorted(folder.glob("*.json")):
         document = read_json(path)
         sequence = document.get("sequence", 0)
         if type(sequence) is not int:
             raise ShipyardError(f"{path}: sequence: wrong", value=str(sequence)[:40], mend="restore the file")
-        if {artifact["digest"] for artifact in document.get("artifacts", ())} == digests:
-            return sequence
-        newest = max(newest, sequence)
-    return newest + 1
+        found[path.stem] = sequence, document
+    return found
 
 
 def trusted_key(release: Release, keys: Keys) -> str:

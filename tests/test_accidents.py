@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from models.release import dump, read_release, sign
+from models.release import check_papers, dump, read_release, sign
 from serve.errors import ShipyardError
 from serve.files import sha256_file
 from serve.trust import MANIFEST, check_bundle, load_keys
@@ -234,6 +234,7 @@ def line(tmp_path, monkeypatch, key):  # noqa: F811
     monkeypatch.setattr(
         releasing, "_body", lambda line, artifacts: sample_body(key) | {"artifacts": list(artifacts.values())}
     )
+    monkeypatch.setattr(releasing, "make_papers", lambda *given: {"model-card.md": b"# a card\n"})
     project = SimpleNamespace(project=SimpleNamespace(version="0.1.0"))
     return lambda build: Line(
         record=SimpleNamespace(said=said, folder=folder),
@@ -250,11 +251,14 @@ def test_a_release_that_is_killed_at_any_write_names_nothing_that_is_not_there(t
         number, releasing.release, line(build := tmp_path / f"{number}"), key, str(store := build / "store")
     ):
         for path in (build / "releases").glob("*.json"):
-            verify_store(read_release(path, load_keys(build / "releases" / "keys")), FolderStore(store), quiet)
+            there = read_release(path, load_keys(build / "releases" / "keys"))
+            check_papers(path, there.papers)
+            verify_store(there, FolderStore(store), quiet)
         path, found = releasing.release(line(build), key, str(store))
         verify_store(found, FolderStore(store), quiet)
+        check_papers(path, found.papers)
         assert not [name for name in contents(build) if name.endswith(".part")]
-        assert len(contents(build / "releases")) == 2
+        assert len(contents(build / "releases")) == 3
         number += 1
     assert number > 10
 

@@ -50,6 +50,30 @@ def amounts(found):
     return {line.item: tuple(float(a) for a in line.amount) for line in found if line.amount}
 
 
+def scaled(scheduled=(), **bounds):
+    return {
+        "Service": {
+            "Type": "AWS::ECS::Service",
+            "Properties": {"LaunchType": "FARGATE", "TaskDefinition": {"Ref": "Task"}, "Cluster": {"Ref": "Cluster"}},
+        },
+        "Task": {"Type": "AWS::ECS::TaskDefinition", "Properties": {"Cpu": "1024", "Memory": "2048"}},
+        "Cluster": {"Type": "AWS::ECS::Cluster"},
+        "Target": {
+            "Type": "AWS::ApplicationAutoScaling::ScalableTarget",
+            "Properties": {
+                "MinCapacity": 2,
+                "MaxCapacity": 8,
+                "ScalableDimension": "ecs:service:DesiredCount",
+                "ResourceId": {
+                    "Fn::Join": ["", ["service/", {"Ref": "Cluster"}, "/", {"Fn::GetAtt": ["Service", "Name"]}]]
+                },
+                "ScheduledActions": list(scheduled),
+                **bounds,
+            },
+        },
+    }
+
+
 # --- the price book --------------------------------------------------------------------------------------------------
 
 
@@ -142,159 +166,6 @@ def test_without_usage_a_line_tells_its_price_and_the_keys_that_it_wants():
     assert found[1].prices[0].price == Decimal("0.045")
 
 
-# --- compute ---------------------------------------------------------------------------------------------------------
-
-
-def test_shadow_variants_volumes_and_capture_are_priced():
-    properties = {
-        "ProductionVariants": [variant(2, VolumeSizeInGB=50)],
-        "ShadowProductionVariants": [variant()],
-        "DataCaptureConfig": {"EnableCapture": True, "InitialSamplingPercentage": 50},
-    }
-    used = usage_of(requests_per_second=10, request_kb=2, response_kb=6)
-    found = amounts(one("AWS::SageMaker::EndpointConfig", properties, used))
-    assert found["variant a: ml.g5.xlarge"][0] == pytest.approx(2 * 1.4084 * 730)
-    assert found["shadow variant a: ml.g5.xlarge"][0] == pytest.approx(1.4084 * 730)
-    assert found["variant a: volumes"][0] == pytest.approx(2 * 50 * 0.14)
-    gigabytes = 10 * 3600 * 730 * 8 / 1024**2
-    assert found["data in and out of the models"][0] == pytest.approx(gigabytes * 0.016)
-    assert found["captured data, kept in S3"][0] == pytest.approx(gigabytes / 2 * 0.023)
-
-
-def test_a_variant_of_pools_is_priced_at_its_first_choice():
-    pools = [{"InstanceType": "ml.g6.2xlarge", "Priority": 2}, {"InstanceType": "ml.g5.xlarge", "Priority": 1}]
-    [line, *_] = one(
-        "AWS::SageMaker::EndpointConfig",
-        {"ProductionVariants": [{"VariantName": "a", "InstancePools": pools, "InitialInstanceCount": 2}]},
-    )
-    assert float(line.amount[1]) == pytest.approx(2 * 1.4084 * 730)
-    assert "where it cannot be had, ml.g6.2xlarge at another price" in line.note
-
-
-def test_serverless_variants_follow_requests():
-    serverless = {"VariantName": "a", "ServerlessConfig": {"MemorySizeInMB": 2048, "ProvisionedConcurrency": 1}}
-    used = usage_of(requests_per_second=1, duration_ms=100, request_kb=0, response_kb=0)
-    found = amounts(one("AWS::SageMaker::EndpointConfig", {"ProductionVariants": [serverless]}, used))
-    assert found["variant a: serverless compute"][0] == pytest.approx(3600 * 730 * 0.1 * 0.00004)
-    assert found["variant a: provisioned concurrency"][0] == pytest.approx(3600 * 730 * 0.0000233)
-
-
-def scaled(scheduled=(), **bounds):
-    return {
-        "Service": {
-            "Type": "AWS::ECS::Service",
-            "Properties": {"LaunchType": "FARGATE", "TaskDefinition": {"Ref": "Task"}, "Cluster": {"Ref": "Cluster"}},
-        },
-        "Task": {"Type": "AWS::ECS::TaskDefinition", "Properties": {"Cpu": "1024", "Memory": "2048"}},
-        "Cluster": {"Type": "AWS::ECS::Cluster"},
-        "Target": {
-            "Type": "AWS::ApplicationAutoScaling::ScalableTarget",
-            "Properties": {
-                "MinCapacity": 2,
-                "MaxCapacity": 8,
-                "ScalableDimension": "ecs:service:DesiredCount",
-                "ResourceId": {
-                    "Fn::Join": ["", ["service/", {"Ref": "Cluster"}, "/", {"Fn::GetAtt": ["Service", "Name"]}]]
-                },
-                "ScheduledActions": list(scheduled),
-                **bounds,
-            },
-        },
-    }
-
-
-def tasks(resources, usage=None):
-    found = [line for line in lines(resources, usage) if line.item.startswith("vCPU of tasks")]
-    return [float(q) / 730 for q in found[0].quantity]
-
-
-def at(schedule, **bounds):
-    return {"Schedule": schedule, "ScheduledActionName": "x", "ScalableTargetAction": bounds}
-
-
-def test_autoscaling_gives_minimum_and_maximum():
-    assert tasks(scaled()) == [2, 2, 8]
-
-
-def test_autoscaling_follows_the_load_of_each_hour():
-    busy = tuple(Decimal(100 if 8 <= hour < 20 else 1) for hour in range(24))
-    values = {
-        "requests_per_second": (busy, busy, tuple(3 * r for r in busy)),
-        "unit_requests_per_second": (Decimal(20),) * 3,
-    }
-    # 100 a second want 5 tasks for half of the day, 300 want 15 and get 8; at night the minimum of 2 runs
-    assert tasks(scaled(), Usage((("Service", values),))) == [3.5, 3.5, 5]
-
-
-def test_schedules_move_the_bounds():
-    night = [
-        at("cron(0 20 * * ? *)", MinCapacity=0, MaxCapacity=0),
-        at("cron(0 8 * * ? *)", MinCapacity=2, MaxCapacity=8),
-    ]
-    assert tasks(scaled(night)) == [1, 1, 4]
-    weekdays = [at("cron(0 8 ? * MON-FRI *)", MinCapacity=4), at("cron(0 20 ? * MON-FRI *)", MinCapacity=2)]
-    assert tasks(scaled(weekdays))[0] == pytest.approx(2 + 2 * 60 / 168)
-
-
-def test_a_schedule_that_is_not_understood_makes_no_number():
-    found = [line for line in lines(scaled([at("cron(0 8 1 * ? *)", MinCapacity=4)])) if line.resource == "Service"]
-    assert [line.status for line in found] == ["unknown"]
-    assert "not understood" in found[0].note
-
-
-def test_tasks_on_instances_are_billed_once():
-    resources = scaled()
-    resources["Service"]["Properties"]["LaunchType"] = "EC2"
-    found = [line for line in lines(resources) if line.resource == "Service"]
-    assert [line.status for line in found] == ["free"]
-    assert "billed once" in found[0].note
-
-
-def test_spot_and_on_demand_share_by_weight():
-    resources = scaled()
-    del resources["Service"]["Properties"]["LaunchType"]
-    resources["Service"]["Properties"]["CapacityProviderStrategy"] = [
-        {"CapacityProvider": "FARGATE", "Weight": 1},
-        {"CapacityProvider": "FARGATE_SPOT", "Weight": 3},
-    ]
-    found = amounts([line for line in lines(resources) if line.resource == "Service"])
-    assert found["vCPU of tasks: Fargate (x86)"][0] == pytest.approx(0.5 * 730 * 0.04048)
-    assert found["vCPU of tasks: Fargate Spot (x86)"][0] == pytest.approx(1.5 * 730 * 0.01334053)
-
-
-def test_a_blue_green_release_runs_two_fleets_while_it_bakes():
-    resources = {
-        "Config": {"Type": "AWS::SageMaker::EndpointConfig", "Properties": {"ProductionVariants": [variant(2)]}},
-        "Endpoint": {
-            "Type": "AWS::SageMaker::Endpoint",
-            "Properties": {
-                "EndpointConfigName": {"Fn::GetAtt": ["Config", "EndpointConfigName"]},
-                "DeploymentConfig": {
-                    "BlueGreenUpdatePolicy": {
-                        "TerminationWaitInSeconds": 600,
-                        "TrafficRoutingConfiguration": {"Type": "CANARY", "WaitIntervalInSeconds": 1500},
-                    }
-                },
-            },
-        },
-    }
-    report = price([stack(resources)], BOOK, Usage())
-    # two instances for twice 25 minutes and 10 more: an hour
-    assert report.total(release=True)["USD"][1] == Decimal("2.8168")
-    assert report.total()["USD"][1] == Decimal("2.8168") * 730
-
-
-def test_tiers_are_of_the_account_and_not_of_each_resource():
-    bucket = {"Type": "AWS::S3::Bucket"}
-    one_usage = Usage((("*", {"internet_gb": three("", 10240), "storage_gb": three("", 0), "put_requests": three("", 0),
-                              "get_requests": three("", 0)}),))  # fmt: skip
-    found = [
-        line.amount[1] for line in lines({"A": bucket, "B": bucket}, one_usage) if line.item.startswith("data out")
-    ]
-    # the second 10 TB are in the second tier, which both share
-    assert found == [Decimal(10240) * (Decimal("0.09") + Decimal("0.085")) / 2] * 2
-
-
 # --- resolving -------------------------------------------------------------------------------------------------------
 
 
@@ -340,29 +211,126 @@ def test_conditions_decide_what_is_made():
     assert [line.status for line in found] == ["free"]
 
 
-def test_exports_and_nested_stacks_are_followed(tmp_path):
+def test_exports_are_followed():
     exporter = stack(
         {}, name="dev/a", Outputs={"O": {"Value": "c5.large", "Export": {"Name": {"Fn::Sub": "${AWS::StackName}-x"}}}}
     )
     taker = stack({"It": {"Type": "AWS::EC2::Instance", "Properties": {"InstanceType": {"Fn::ImportValue": "s-x"}}}})
     assert price([taker, exporter], BOOK, Usage()).total()["USD"][1] == Decimal("62.05")
-    child = {
-        "Parameters": {"Size": {"Type": "String"}},
-        "Resources": {"It": {"Type": "AWS::EC2::Instance", "Properties": {"InstanceType": {"Ref": "Size"}}}},
-    }
-    parent = {
-        "Resources": {
-            "Nested": {
-                "Type": "AWS::CloudFormation::Stack",
-                "Properties": {"Parameters": {"Size": "c5.large"}},
-                "Metadata": {"aws:asset:path": "child.nested.template.json"},
-            }
-        }
-    }
-    (tmp_path / "child.nested.template.json").write_text(json.dumps(child))
-    (tmp_path / "parent.template.json").write_text(json.dumps(parent))
-    report = price(read_stacks(tmp_path / "parent.template.json"), BOOK, Usage())
+
+
+CHILD = {
+    "Parameters": {"Size": {"Type": "String"}},
+    "Resources": {"It": {"Type": "AWS::EC2::Instance", "Properties": {"InstanceType": {"Ref": "Size"}}}},
+    "Outputs": {"Size": {"Value": {"Ref": "Size"}}},
+}
+
+
+def nested(tmp_path, size, **more):
+    """A parent with a nested stack that is handed a size, written as the CDK does."""
+    tmp_path.mkdir(exist_ok=True)
+    (tmp_path / "child.nested.template.json").write_text(json.dumps(CHILD))
+    resource = {"Type": "AWS::CloudFormation::Stack", "Properties": {"Parameters": {"Size": size}},
+                "Metadata": {"aws:asset:path": "child.nested.template.json"}}  # fmt: skip
+    resources, sections = more.pop("resources", {}), more.pop("sections", {})
+    parent = {"Resources": {"Nested": {**resource, **more}, **{k: {**resource, **v} for k, v in resources.items()}}}
+    (tmp_path / "parent.template.json").write_text(json.dumps({**sections, **parent}))
+    return read_stacks(tmp_path / "parent.template.json")
+
+
+def test_nested_stacks_are_followed_and_belong_to_their_parent(tmp_path):
+    report = price(nested(tmp_path, "c5.large"), BOOK, Usage())
     assert report.total()["USD"][1] == Decimal("62.05")
+    instance = next(line for line in report.lines if line.resource == "It")
+    assert (instance.stack, instance.part, instance.environment) == ("parent:Nested", "parent", "")
+
+
+def test_nested_stacks_hand_values_on_in_whatever_order_they_come(tmp_path):
+    from_later = {"Fn::GetAtt": ["Later", "Outputs.Size"]}
+    later = {"Later": {"Properties": {"Parameters": {"Size": "c5.large"}}}}
+    report = price(nested(tmp_path, from_later, resources=later), BOOK, Usage())
+    assert report.total()["USD"][1] == 2 * Decimal("62.05")
+    circle = {"Later": {"Properties": {"Parameters": {"Size": {"Fn::GetAtt": ["Nested", "Outputs.Size"]}}}}}
+    found = price(nested(tmp_path, from_later, resources=circle), BOOK, Usage())
+    assert found.total() == {}
+    assert any("circle" in line.note for line in found.lines)
+
+
+def test_a_nested_stack_is_not_priced_where_it_is_not_made_or_not_known(tmp_path):
+    never = {"Conditions": {"No": {"Fn::Equals": ["a", "b"]}}}
+    report = price(nested(tmp_path / "a", "c5.large", sections=never, Condition="No"), BOOK, Usage())
+    assert [line.status for line in report.lines] == ["free"]
+    doubt = {"Conditions": {"No": {"Fn::Equals": [{"Fn::GetAZs": ""}, "b"]}}}
+    report = price(nested(tmp_path / "b", "c5.large", sections=doubt, Condition="No"), BOOK, Usage())
+    assert {line.status for line in report.lines} == {"unknown"}
+    (tmp_path / "b" / "child.nested.template.json").unlink()
+    [line] = price(read_stacks(tmp_path / "b" / "parent.template.json"), BOOK, Usage()).lines
+    assert line.status == "unknown"
+    [line] = one("AWS::CloudFormation::Stack", {"TemplateURL": "https://example.com/t.json"})
+    assert (line.status, line.amount) == ("unknown", None)
+    assert "not among those read" in line.note
+
+
+def test_loops_are_unrolled_as_far_as_they_are_static():
+    body = {"Nat${Zone}": {"Type": "AWS::EC2::NatGateway"},
+            "Box${Zone}": {"Type": "AWS::EC2::Instance", "Properties": {"InstanceType": {"Ref": "Zone"}}}}  # fmt: skip
+    loop = {"Fn::ForEach::Zones": ["Zone", ["c5.large", "c5.xlarge"], body]}
+    found = lines(loop, Transform="AWS::LanguageExtensions")
+    assert {line.resource for line in found} == {"Natc5.large", "Natc5.xlarge", "Boxc5.large", "Boxc5.xlarge"}
+    assert sum(line.amount[1] for line in found if line.amount) == pytest.approx(Decimal("62.05") * 3 + Decimal("65.7"))
+    inner = {
+        "Fn::ForEach::In": ["Kind", {"Ref": "Kinds"}, {"Nat${Zone}${Kind}&{Kind}": {"Type": "AWS::EC2::NatGateway"}}]
+    }
+    twice = {"Fn::ForEach::Out": ["Zone", ["a", "b"], inner]}
+    kinds = {"Kinds": {"Type": "CommaDelimitedList", "Default": "x, y-"}}
+    found = lines(twice, Transform=["AWS::LanguageExtensions"], Parameters=kinds)
+    assert {line.resource for line in found} == {"Natay-y", "Natbxx", "Nataxx", "Natby-y"}
+
+
+@pytest.mark.parametrize(
+    ("loop", "more"),
+    [
+        (["Zone", {"Fn::GetAZs": ""}, {}], {"Transform": "AWS::LanguageExtensions"}),
+        (["Zone", [{}], {}], {"Transform": "AWS::LanguageExtensions"}),
+        (["Zone"], {"Transform": "AWS::LanguageExtensions"}),
+        ("Zone", {"Transform": ["AWS::LanguageExtensions"]}),
+        (["Zone", ["a"], {"Nat${Zone}": {"Type": "AWS::EC2::NatGateway"}}], {}),
+    ],
+)
+def test_a_loop_that_is_not_static_or_not_allowed_is_unknown(loop, more):
+    [line] = lines({"Fn::ForEach::Zones": loop}, **more)
+    assert (line.status, line.amount) == ("unknown", None)
+    assert "is not static" in line.note
+
+
+def test_a_bomb_of_loops_is_refused():
+    body = {"R${A}${B}${C}${D}${E}${F}${G}": {"Type": "AWS::EC2::NatGateway"}}
+    for name in "ABCDEFG":
+        body = {f"Fn::ForEach::{name}": [name, [str(k) for k in range(10)], body]}
+    with pytest.raises(ShipyardError, match="20,000 rounds"):
+        lines(body, Transform="AWS::LanguageExtensions")
+
+
+def test_a_transform_that_rewrites_the_template_is_a_line_under_unknown():
+    nat = {"Nat": {"Type": "AWS::EC2::NatGateway"}}
+    found = lines(nat, Transform=["AWS::LanguageExtensions", "Company-Macro", {"Name": "AWS::Include"}])
+    assert [line.resource for line in found if line.status == "unknown"] == ["AWS::Include", "Company-Macro"]
+    [line] = lines({"Fn::Transform": {"Name": "Company-Macro"}})
+    assert line.status == "unknown"
+
+
+def test_a_long_chain_of_imports_ends():
+    many = [
+        stack(
+            {},
+            name=f"dev/s{k}",
+            Outputs={"O": {"Export": {"Name": f"x{k}"}, "Value": {"Fn::ImportValue": f"x{k + 1}"}}},
+        )
+        for k in range(400)
+    ]
+    size = {"InstanceType": {"Fn::ImportValue": "x0"}}
+    found = price([*many, stack({"It": {"Type": "AWS::EC2::Instance", "Properties": size}})], BOOK, Usage())
+    assert [line.status for line in found.lines] == ["unknown"]
 
 
 def test_yaml_with_short_forms_is_read(tmp_path):
@@ -565,7 +533,7 @@ def everything():
         "Function": {"Type": "AWS::Lambda::Function", "Properties": {"MemorySize": 1024}},
         "Config": {"Type": "AWS::SageMaker::EndpointConfig", "Properties": {"ProductionVariants": [variant()]}},
         "Deployment": {"Type": "AWS::GreengrassV2::Deployment", "Properties": {"TargetArn": "g"}},
-        "Balancer": {"Type": "AWS::ElasticLoadBalancingV2::LoadBalancer", "Properties": {}},
+        "Balancer": {"Type": "AWS::ElasticLoadBalancingV2::LoadBalancer", "Properties": {"Subnets": ["a", "b"]}},
         "Strange": {"Type": "AWS::Quantum::Computer"},
         **scaled(),
     }

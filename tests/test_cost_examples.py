@@ -108,7 +108,19 @@ EXAMPLES = [
     example("AWS::S3::Bucket", {}, "11971.25", golden("data_transfer_test") + ", us-east-2: 921.60, 3481.60, 7168.00 and "
             "170.00 of data out; " + golden("s3_bucket_test") + ": 230.00 and 0.05 (10,000 GB, 10,000 writes)",
             storage_gb=10_000, put_requests=10_000, get_requests=0, internet_gb=157_000),
+    example("AWS::ApiGateway::RestApi", {}, "49763.10", golden("api_gateway_rest_api_test") + ": four tiers, 1,165.50, "
+            "1,867.60, 45,220.00 and 1,510.00", requests_per_second=Decimal(21_000_000_000) / (730 * 3600), response_kb=0),
+    example("AWS::ApiGateway::Stage", {"CacheClusterEnabled": True, "CacheClusterSize": "0.5"}, "14.60",
+            golden("api_gateway_stage_test")),
+    example("AWS::ApiGateway::Stage", {"CacheClusterEnabled": True, "CacheClusterSize": "237"}, "2774.00",
+            golden("api_gateway_stage_test")),
+    example("AWS::ApiGatewayV2::Api", {"ProtocolType": "WEBSOCKET"}, "1402.50", golden("apigatewayv2_api_test") + ": with "
+            "10 million minutes of connections", messages=1_500_000_000, payload_kb=1, connection_minutes=10_000_000),
     # what is kept, watched and passed on
+    example("AWS::ECR::Repository", {}, "0.10", golden("ecr_repository_test"), storage_gb=1),
+    example("AWS::CloudWatch::Dashboard", {}, "3.00", golden("cloudwatch_dashboard_test")),
+    example("AWS::Logs::LogGroup", {}, "531.25", golden("cloudwatch_log_group_test") + ": 500.00 for 1,000 GB taken in, "
+            "1.25 for 250 GB scanned; at its 15.00 for 500 GB kept, 30.00 for 1,000", log_gb=1000, log_scanned_gb=250),
     example("AWS::KMS::Key", {}, "1.00", golden("kms_key_test")),
     example("AWS::SecretsManager::Secret", {}, "0.90", golden("secretsmanager_secret_test"), api_requests=100_000),
     example("AWS::DynamoDB::Table", {"ProvisionedThroughput": {"ReadCapacityUnits": 30, "WriteCapacityUnits": 20}}, "69.84",

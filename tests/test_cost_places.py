@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from infra.cost.comparison import comparison_json, comparison_markdown, comparison_page, crossing_lines
+from infra.cost.comparison import comparison_markdown, comparison_page, crossing_lines
+from infra.cost.document import write_places
 from infra.cost.places import Load, Measured, Throughput, crossings, load_throughput, places, rates, verdict
 from infra.cost.prices import load_book
 from models.config import load_fleet
@@ -33,6 +34,9 @@ ENV = (
 )
 
 
+LARGEST = {name: target.max_size_mb for name, target in load_fleet(ROOT / "fleet.toml").target.items()}
+
+
 @pytest.fixture(scope="module")
 def release():
     path = ROOT / "releases" / f"{load_fleet(ROOT / 'fleet.toml').env['dev'].release}.json"
@@ -47,7 +51,9 @@ def measured(gpu=1000, cpu=100, edge=50):
 
 def compare(release, *, throughput=None, env=ENV, **load):
     shape = Load(**{"request_kb": Decimal(0), "response_kb": Decimal(0), **load})
-    return places(BOOK, env, shape, release=release, submodel="search", measured=throughput or Throughput())
+    return places(
+        BOOK, env, shape, release=release, submodel="search", measured=throughput or Throughput(), largest=LARGEST
+    )
 
 
 def test_a_place_costs_its_units_and_its_network(release):
@@ -96,7 +102,28 @@ def test_what_is_assumed_is_said(release):
     assert "assumed, not measured" in found[0].grounds
     assert "measure it before you decide" in verdict(found)
     assert "measure it" not in verdict(compare(release, throughput=measured()))
-    assert json.loads(comparison_json(found, "USD"))["assumed"] == ["GPU endpoint"]
+    assert json.loads(write_places(found, "USD"))["assumed"] == ["GPU endpoint"]
+
+
+def test_a_graph_that_its_target_does_not_take_is_said(release):
+    gpu, cpu, edge = compare(release, throughput=measured())
+    assert "[target." not in gpu.told
+    assert "graph of 144.9 MB is over the 100 MB of [target.cpu]" in cpu.told
+    assert "is over the 25 MB of [target.edge]: not deployed there as it is" in edge.told
+
+
+def test_throughput_of_a_benched_bundle_is_that_of_its_cores(release, tmp_path):
+    path = tmp_path / "bench.json"
+    record = {"servers": {"shipyard": {"capacity": {"throughput": 80.0}}}, "processor": "a CPU", "bundle": "ab" * 32}
+    path.write_text(json.dumps(record))
+    env = ENV.model_copy(update={"cpu": ENV.cpu.model_copy(update={"cpu": 4096})})
+    gpu, cpu, _ = compare(release, throughput=load_throughput(path), env=env)
+    assert cpu.unit_rate == 320
+    assert "measured: shipyard bench of the bundle abababababab, its server on one core of a CPU, times 4" in cpu.told
+    assert gpu.assumed
+    path.write_text("{}")
+    with pytest.raises(ShipyardError, match="not a file of throughput"):
+        load_throughput(path)
 
 
 def test_more_load_never_costs_less_and_a_million_of_one_unit_costs_less_and_less(release):
@@ -121,14 +148,15 @@ def test_every_form_has_every_place(release):
     text, page = comparison_markdown(found, "USD"), comparison_page(found, "USD", "Where")
     assert len([line for line in text.splitlines() if line.startswith("| ")]) == 8
     assert page.count("<svg") == 2
+    assert page.count("<tr>") == 1 + 6 + 1 + len(crossings(found))
     assert page.count('class="curve') == 2 * 2 * 3
     assert 'class="ring"' in page
-    assert len(json.loads(comparison_json(found, "USD"))["loads"]) == len(rates())
+    assert len(json.loads(write_places(found, "USD"))["loads"]) == len(rates())
 
 
 def test_what_is_missing_is_an_error(release, tmp_path):
     with pytest.raises(ShipyardError, match="not in the release"):
-        places(BOOK, ENV, Load(), release=release, submodel="nothing", measured=Throughput())
+        places(BOOK, ENV, Load(), release=release, submodel="nothing", measured=Throughput(), largest=LARGEST)
     with pytest.raises(ShipyardError, match=r"no price for .* in ap-northeast-3"):
         compare(release, env=ENV.model_copy(update={"region": "ap-northeast-3"}))[0].cost(Decimal(1))
     path = tmp_path / "t.toml"

@@ -155,6 +155,20 @@ def test_a_change_over_ten_per_cent_is_held_back_until_it_is_confirmed():
     assert small.book(confirmed=False).flat()[0].price == Decimal("0.04048")
 
 
+def test_a_tier_that_begins_elsewhere_is_held_back_too():
+    old = book(
+        row("apigw.http.requests", 1, "request", 1000000), row("apigw.http.requests", "0.9", "request", 1000000, 10**8)
+    )
+    api = product("USE1-ApiGatewayHttpRequest", ("0", "0.000001"), ("300000000", "0.0000009"))
+    outcome = ask(old, [api])
+    assert outcome.book(confirmed=False) == old
+    assert outcome.told(confirmed=False)[0] == (
+        "held back  apigw.http.requests us-east-1: 1, 0.9 from 100000000 -> 1, 0.9 from 300000000 USD"
+    )
+    fewer = ask(old, [product("USE1-ApiGatewayHttpRequest", ("0", "0.000001"))])
+    assert fewer.found[0].held
+
+
 def test_a_price_that_the_api_does_not_tell_without_doubt_stays():
     old = book(row("fargate.linux.x86.vcpu", "0.0400"))
     twice = [product("USE1-Fargate-vCPU-Hours:perCPU", ("0", "1"), sku=name) for name in ("A", "B")]

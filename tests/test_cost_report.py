@@ -4,21 +4,23 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from decimal import Decimal
 from html.parser import HTMLParser
 from pathlib import Path
 
 import aws_cdk as cdk
 import pytest
+from jsonschema import Draft202012Validator, ValidationError
 
 import app
 from infra.cost import difference as comparing
 from infra.cost.assembly import read_stacks
 from infra.cost.difference import difference
-from infra.cost.document import json_schema, read_document, write_document
+from infra.cost.document import DOCUMENTS, json_schema, read_document, write_difference, write_document
 from infra.cost.guardrails import crossed, over_caps
-from infra.cost.page import report_page
-from infra.cost.prices import load_book
+from infra.cost.page import difference_page, report_page
+from infra.cost.prices import load_book, parse_book, write_book
 from infra.cost.report import price
 from infra.cost.tables import coverage, difference_lines, difference_markdown, report_markdown
 from infra.cost.usage import KEYS, Usage
@@ -134,6 +136,14 @@ def test_a_difference_is_a_tree_of_signs_with_amounts_and_reasons():
     assert re.search(r"^\+     \+ public IPv4 address", difference_markdown(change), re.MULTILINE)
 
 
+def test_a_price_that_changed_in_the_book_is_told():
+    rows = [replace(row, price=row.price * 2) if row.sku == "public_ipv4.hour" else row for row in BOOK.flat()]
+    newer = parse_book(write_book(rows), "newer")
+    resources = {"Ip": {"Type": "AWS::EC2::EIP"}}
+    [one] = difference(report(resources), price([stack(resources)], newer, Usage(), "here")).changes
+    assert one.why == ("unit price: $0.005 per hour -> $0.01 per hour",)
+
+
 def test_an_unknown_price_stays_out_of_the_difference_and_is_named():
     old = report(endpoint(1, "ml.g5.xlarge"))
     new = report(endpoint(1, "ml.unheard.xlarge"))
@@ -209,8 +219,38 @@ def test_a_report_is_read_as_it_was_written(tmp_path):
     assert set(table["million"]) == {"dev/gpu"}
 
 
-def test_the_schema_in_the_documents_is_that_of_the_code():
-    assert json.loads((ROOT / "docs" / "cost-report.schema.json").read_text()) == json_schema()
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_the_schemas_in_the_documents_are_those_of_the_code(name):
+    assert json.loads((ROOT / "docs" / f"cost-{name}.schema.json").read_text()) == json_schema(name)
+
+
+def test_documents_fit_their_schemas():
+    used = usage_of(requests_per_second=5, request_kb=1, response_kb=1, unit_requests_per_second=2)
+    made = report(everything(), used)
+    Draft202012Validator(json_schema()).validate(json.loads(write_document(made)))
+    change = json.loads(write_difference(difference(report(endpoint(1)), made), ["dev: too much"]))
+    Draft202012Validator(json_schema("difference")).validate(change)
+    assert change["guardrails"] == ["dev: too much"]
+    with pytest.raises(ValidationError):
+        Draft202012Validator(json_schema("difference")).validate({**change, "changes": [{}]})
+
+
+def test_guardrails_that_are_crossed_are_in_every_form():
+    change = difference(report(endpoint(1)), report(endpoint(2)))
+    [told] = crossed(change, {"dev": Guardrails(increase=1)})
+    assert f"- **guardrail** {told}" in difference_markdown(change, [told])
+    assert f"- **guardrail** {told}" in report_markdown(change.new, [told])
+    for page in (difference_page(change, [told]), report_page(change.new, [told])):
+        assert f"Guardrail crossed</strong> {told}" in page
+    assert "uardrail" not in difference_markdown(change) + report_page(change.new)
+
+
+def test_the_page_of_a_difference_has_sums_and_signs():
+    change = difference(report(endpoint(1)), report({**endpoint(2), "<b>": {"Type": "AWS::EC2::EIP"}}))
+    page = difference_page(change)
+    assert '<td>dev</td><td class="n">+$1,031.78</td>' in page
+    assert '<span class="new">  + &lt;b&gt;  (AWS::EC2::EIP)</span>' in page
+    assert 'class="changed"' in page
 
 
 def test_markdown_has_sums_coverage_and_every_line():
@@ -248,9 +288,13 @@ def test_the_page_needs_nothing_beside_itself_and_escapes_names():
 
 
 def test_coverage_says_what_share_is_priced():
-    assert "1 unknown; 50.0% of the templates is priced" in coverage(
-        report({"A": {"Type": "AWS::Quantum::Computer"}, "B": {"Type": "AWS::EC2::EIP"}})
+    kinds = ("AWS::Quantum::Computer", "AWS::EC2::EIP", "AWS::EC2::NatGateway", "AWS::EC2::VPC")
+    made = report({f"R{k}": {"Type": kind} for k, kind in enumerate(kinds)})
+    assert coverage(made).startswith(
+        "4 resources: 1 free, 1 priced, 1 priced but for usage keys that are not given, 1 unknown; "
+        "50.0% of the templates is priced, 25.0% in part."
     )
+    assert "0.0% in part" in coverage(report({"N": {"Type": "AWS::EC2::NatGateway"}}, usage_of(processed_gb=1)))
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

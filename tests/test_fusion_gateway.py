@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import http.client
 import io
@@ -25,18 +26,22 @@ import pytest
 from botocore.response import StreamingBody
 from botocore.stub import ANY, Stubber
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from fuzzed import fuzz
 from test_server import ITEMS, PRODUCTS, Bundle, make_bundle
 
 from models.config import load_fleet
 from serve import triton
+from serve.asgi import content_digest
 from serve.errors import ShipyardError
 from serve.feedback import Journal, Unwritten, files, firehose
+from serve.files import sha256_file
 from serve.fused import open_gateway
 from serve.fusion import best, fuse, gather
 from serve.gateway import sends
 from serve.listen import trusted
 from serve.runtime import Model
 from serve.targets import Breaker, Call, Gone, Target, http_send, sagemaker_send
+from serve.trace import begin
 from shipyard.bundle import bundle_gateway
 from shipyard.fleet import Member, command, down, start
 
@@ -94,6 +99,7 @@ class Fleet:
         (folder / "up").mkdir()
         (folder / "up" / "page.html").write_text("<p>page</p>")
         self.key = dataclasses.replace(made["search"], key=key).trusted
+        self.folders, self.places, self.secret = {name: made[name].folder for name in places}, places, key
         self.url = self.members[0].url
 
     def start(self):
@@ -174,6 +180,56 @@ def test_online_fusion_is_offline_fusion_request_by_request(fleet):
         assert [one["score"] for one in answer["products"]] == pytest.approx([score for _, score in expected], abs=1e-6)
 
 
+@contextlib.contextmanager
+def another_gateway(fleet, folder, member, members, *options):
+    """Run a gateway of its own over running targets; its address is the member's."""
+    (folder / "page.html").write_text("")
+    wanted = [*command(member, members, folder), f"--trusted-key={fleet.key}", *options]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(wanted, stderr=log)
+    try:
+        end = time.monotonic() + 30
+        while "ready: " not in (folder / "log").read_text():
+            assert time.monotonic() < end and process.poll() is None, (folder / "log").read_text()
+            time.sleep(0.05)
+        yield member.url
+    finally:
+        process.terminate()
+        assert process.wait(timeout=20) == 0
+
+
+RULES = {
+    "vote": {"depth": 3},
+    "rrf": {"weights": [0.5, 0.3, 0.2], "k": 10},
+    "stacking": {"weights": [3.0, 0.5, 0.1, 2.0, 0.5, 0.2, 1.0, 0.3, -0.4]},
+}
+
+
+@pytest.mark.parametrize("method", RULES)
+def test_every_rule_fuses_online_as_offline_alone_and_at_once(fleet, tmp_path, method):
+    fusion = FUSION | {"method": method, "parameters": RULES[method]}
+    target = load_fleet(ROOT / "fleet.toml").target["cpu"]
+    bundle_gateway(fleet.folders, fleet.places, fusion, target, tmp_path / "gateway")
+    bundle = Bundle(tmp_path / "gateway" / "bundle", "gateway", fleet.secret)
+    [port] = free_ports(1)
+    member = dataclasses.replace(fleet.members[0], bundle=bundle.folder, attestation=bundle.attestation, port=port)
+    other = copy.copy(fleet)
+    other.fusion, other.url = fusion, member.url
+    asked = [request | {"without": FUSION["sources"][: k % 3]} for k, request in enumerate(requests(24, seed=2))]
+    with another_gateway(fleet, tmp_path, member, (member, *fleet.members[1:]), "--cache-seconds=0"):
+        alone = [other.ask("/v1/search", request) for request in asked]
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            together = list(pool.map(lambda request: other.ask("/v1/search", request), asked))
+    for request, *answers in zip(asked, alone, together, strict=True):
+        plain = {key: value for key, value in request.items() if key != "without"}
+        expected = other.offline(plain, [source for source in FUSION["sources"] if source not in request["without"]])
+        for status, answer in answers:
+            assert (status, answer["method"]) == (200, method)
+            assert [(one["product"], one["score"]) for one in answer["products"]] == [
+                (product, pytest.approx(score, abs=1e-6)) for product, score in expected
+            ]
+
+
 def test_many_at_once_are_fused_as_one_by_one(fleet):
     asked = list(requests(60, seed=9))
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
@@ -229,6 +285,7 @@ BAD = {
     "without an unknown source": {"query": "milk", "without": ["intent"]},
     "without a list in it": {"query": "milk", "without": [[]]},
     "k too large": {"query": "milk", "k": ITEMS + 1},
+    "without all": {"query": "milk", "without": FUSION["sources"]},
     "k NaN": b'{"query": "milk", "k": NaN}',
     "days NaN": b'{"query": "milk", "history": [{"product": 1, "days_ago": NaN}]}',
     "no JSON": b"milk",
@@ -244,6 +301,13 @@ def test_a_bad_request_is_refused(fleet, what):
     assert answer.keys() == {"error"} and answer["error"]
 
 
+@pytest.mark.parametrize(("path", "status"), [("/v1/search", 200), ("/v1/recommend", 200), ("/v1/feedback", 202)])
+def test_the_gateway_is_as_its_description_says(fleet, path, status):
+    seen = fuzz(fleet.url, path)
+    assert (set(seen["positive"]), set(seen["negative"])) == ({status}, {400})
+    assert "Traceback" not in (fleet.folder / "up" / "gateway.log").read_text()
+
+
 def test_the_page_and_the_description_are_served(fleet):
     with urllib.request.urlopen(f"{fleet.url}/", timeout=20) as page:
         assert page.headers["Content-Type"].startswith("text/html") and page.read() == b"<p>page</p>"
@@ -252,17 +316,48 @@ def test_the_page_and_the_description_are_served(fleet):
     assert {"/v1/search", "/v1/recommend", "/v1/feedback"} <= document["paths"].keys()
 
 
-def test_the_trace_of_the_caller_reaches_every_target(fleet):
-    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
-    _, answer = fleet.ask("/v1/search", {"query": "trace"}, traceparent=trace, **{"X-Request-Id": "traced-1"})
+def logged(fleet, member, request_id):
+    """Return what a member has logged of a request, by key."""
+    log = fleet.folder / "up" / f"{member.name}.log"
+    until = time.monotonic() + 20  # a request is logged after its answer is sent
+    while f"id={request_id} " not in log.read_text() and time.monotonic() < until:
+        time.sleep(0.05)
+    [line] = [line for line in log.read_text().splitlines() if f"id={request_id} " in line]
+    return dict(part.split("=", 1) for part in line.split() if "=" in part)
+
+
+def test_a_request_is_a_span_of_its_callers_trace_and_its_calls_are_spans_below_it(fleet):
+    trace, caller = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    _, answer = fleet.ask(
+        "/v1/search", {"query": "trace"}, traceparent=f"00-{trace}-{caller}-01", **{"X-Request-Id": "traced-1"}
+    )
     assert answer["request_id"] == "traced-1"
-    for member in fleet.members:
-        log = fleet.folder / "up" / f"{member.name}.log"
-        until = time.monotonic() + 20  # a request is logged after its answer is sent
-        while "id=traced-1" not in log.read_text() and time.monotonic() < until:
-            time.sleep(0.05)
-        [line] = [line for line in log.read_text().splitlines() if "id=traced-1" in line]
-        assert f"trace={trace}" in line, member.name
+    gateway, *targets = (logged(fleet, member, "traced-1") for member in fleet.members)
+    assert (gateway["trace"], gateway["parent"]) == (trace, caller)
+    assert {(told["trace"], told["parent"]) for told in targets} == {(trace, gateway["span"])}
+    assert len({gateway["span"], caller, *(told["span"] for told in targets)}) == 5
+
+
+KNOWN = "4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7"
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["", "milk", f"00-{KNOWN}", f"00-{KNOWN.upper()}-01", f"ff-{KNOWN}-01", f"00-{KNOWN}-01-more", f"00-{KNOWN}-1",
+     f"00-{'0' * 32}-00f067aa0ba902b7-01", f"00-4bf92f3577b34da6a3ce929d0e0e4736-{'0' * 16}-01"],
+)  # fmt: skip
+def test_what_is_no_trace_begins_a_new_one(given):
+    first, second = (begin({"traceparent": given, "tracestate": "vendor=1"}) for _ in range(2))
+    assert len({first.id, second.id, KNOWN[:32]}) == 3
+    assert (first.parent, first.state) == ("", "")
+    assert begin(first.headers).id == first.id
+
+
+def test_a_trace_of_a_later_version_is_read_and_its_state_goes_along():
+    found = begin({"traceparent": f"cc-{KNOWN}-00-what the future brings", "tracestate": "vendor=1"})
+    assert (f"{found.id}-{found.parent}", found.flags) == (KNOWN, "00")
+    assert found.headers == {"traceparent": f"00-{found.id}-{found.span}-00", "tracestate": "vendor=1"}
+    assert begin({"traceparent": f"00-{KNOWN}-01", "tracestate": "v" * 513}).headers.keys() == {"traceparent"}
 
 
 # --- feedback --------------------------------------------------------------------------------------------------------
@@ -277,6 +372,8 @@ def test_feedback_is_written_before_it_is_acknowledged(fleet):
     assert [record["kind"] for record in mine] == ["impression", "click", "purchase"]
     assert mine[0]["items"] == [one["product"] for one in answer["products"]]
     assert {(record["user"], record["place"]) for record in mine} == {("u1", "北")}
+    assert mine[0]["scores"] == [one["score"] for one in answer["products"]]
+    assert mine[0]["bundle"] == sha256_file(fleet.members[0].bundle / "bundle.json")[:16]
     assert (mine[2]["item"], mine[2]["quantity"], mine[2]["value"]) == ("牛奶", 2, 3.5)
 
 
@@ -300,6 +397,22 @@ def test_wrong_feedback_is_refused_and_not_written(fleet, what):
     before = len(fleet.records())
     assert fleet.ask("/v1/feedback", WRONG_FEEDBACK[what])[0] == 400
     assert len(fleet.records()) == before
+
+
+def test_an_impression_tells_what_drift_is_seen_by(fleet):
+    history = [{"product": PRODUCTS[4], "days_ago": 3.5}, {"product": 5, "days_ago": 9}]
+    request = {"query": "牛奶 x", "history": history, "offers": [{"product": PRODUCTS[2], "display": 1}]}
+    _, answer = fleet.ask("/v1/search", request)
+    [impression] = [record for record in fleet.records() if record["request_id"] == answer["request_id"]]
+    measured = {"events": 2, "days": 3.5, "unknown": 0.5, "offers": 1, "characters": 4}
+    measured["fused"] = answer["products"][0]["score"]
+    for source in FUSION["sources"]:
+        asked = {key: value for key, value in request.items() if source == "search" or key != "query"}
+        measured[f"source {source}"] = fleet.models[source].predict([asked])[0]["products"][0]["score"]
+    assert impression["observed"] == pytest.approx(measured, abs=2e-6)
+    _, answer = fleet.ask("/v1/recommend", {"without": ["edge_recommend"]})
+    [impression] = [record for record in fleet.records() if record["request_id"] == answer["request_id"]]
+    assert impression["observed"].keys() == {"events", "offers", "fused", "source recommend"}
 
 
 def test_what_was_acknowledged_outlives_a_kill(tmp_path):
@@ -473,21 +586,29 @@ def answering(reply):
             thread.join()
 
 
-def told(body, status=b"200 OK"):
-    return lambda c: c.sendall(
-        b"HTTP/1.1 %s\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (status, len(body), body)
-    )
+def told(body, status=b"200 OK", more=b""):
+    head = b"HTTP/1.1 %s\r\nContent-Length: %d\r\nConnection: close\r\n%s\r\n" % (status, len(body), more)
+    return lambda c: c.sendall(head + body)
 
 
 def why(url, seconds=2.0):
     with pytest.raises(Gone) as gone:
-        http_send(url, "product")(Call({"k": 3}, seconds, "id", ""))
+        http_send(url, "product")(Call({"k": 3}, seconds, "id"))
     return gone.value.why
 
 
 @pytest.mark.parametrize("what", CORRUPT)
 def test_a_corrupt_answer_is_no_answer(what):
     with answering(told(CORRUPT[what])) as url:
+        assert why(url) == "corrupt"
+
+
+def test_an_answer_of_which_one_digit_changed_on_its_way_is_corrupt():
+    body = b'{"products": [{"product": 1, "score": 2}]}'
+    digest = b"Content-Digest: %s\r\n" % content_digest(body)
+    with answering(told(body, more=digest)) as url:
+        assert http_send(url, "product")(Call({"k": 3}, 2.0, "id")) == ([1], [2.0])
+    with answering(told(body.replace(b"2", b"3"), more=digest)) as url:
         assert why(url) == "corrupt"
 
 
@@ -560,7 +681,7 @@ def test_a_target_is_not_held_up_by_the_threads_of_another():
         fast = Target("fast", lambda call: ([1], [1.0]), 0.2, threads=1)
         begin = time.monotonic()
         answers = await asyncio.gather(
-            *(target.ask({}, 5, "id", "") for target in (slow, slow, fast)), return_exceptions=True
+            *(target.ask({}, 5, "id") for target in (slow, slow, fast)), return_exceptions=True
         )
         return answers, time.monotonic() - begin
 
@@ -592,7 +713,7 @@ def invoke(codec, version="77", rows=None, content=None, shape=None):
              "ContentType": content or f"{triton.CONTENT};json-header-size={size}"},
             {"EndpointName": "shipyard-search", "Body": ANY, "ContentType": ANY, "InferenceId": "id"},
         )  # fmt: skip
-        return sagemaker_send("shipyard-search", codec, client)(Call({"query": "milk", "k": 4}, 1.0, "id", ""))
+        return sagemaker_send("shipyard-search", codec, client)(Call({"query": "milk", "k": 4}, 1.0, "id"))
 
 
 def test_an_endpoint_is_asked_in_tritons_protocol(codec):
@@ -625,7 +746,7 @@ def test_an_endpoint_that_throttles_is_busy(codec):
                                    ("InternalFailure", 500, "failed")):  # fmt: skip
         with Stubber(client) as stub, pytest.raises(Gone) as gone:
             stub.add_client_error("invoke_endpoint", code, http_status_code=status)
-            sagemaker_send("x", codec, client)(Call({"query": "milk", "k": 4}, 1.0, "id", ""))
+            sagemaker_send("x", codec, client)(Call({"query": "milk", "k": 4}, 1.0, "id"))
         assert gone.value.why == expected
 
 
@@ -668,19 +789,11 @@ def test_a_wrong_option_is_told_in_one_line(fleet, tmp_path, option):
 @pytest.mark.parametrize(("policy", "status"), [("strict", 503), ("quorum", 200)])
 def test_a_policy_says_how_many_must_speak(fleet, tmp_path, policy, status):
     [port] = free_ports(1)
-    (tmp_path / "page.html").write_text("")
     member = dataclasses.replace(fleet.members[0], port=port)
     rest = [other for other in fleet.members if other.kind != "greengrass-model"]
-    wanted = [*command(member, tuple(rest), tmp_path), f"--trusted-key={fleet.key}", f"--policy=search={policy}",
-              "--target=edge_recommend=http://127.0.0.1:9"]  # fmt: skip
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(wanted, stderr=log)
-    try:
-        end = time.monotonic() + 30
-        while "ready: " not in (tmp_path / "log").read_text():
-            assert time.monotonic() < end and process.poll() is None, (tmp_path / "log").read_text()
-            time.sleep(0.05)
-        asked = urllib.request.Request(f"{member.url}/v1/search", data=b'{"query": "milk"}')
+    options = (f"--policy=search={policy}", "--target=edge_recommend=http://127.0.0.1:9")
+    with another_gateway(fleet, tmp_path, member, tuple(rest), *options) as url:
+        asked = urllib.request.Request(f"{url}/v1/search", data=b'{"query": "milk"}')
         try:
             with urllib.request.urlopen(asked, timeout=20) as answer:
                 got = answer.status
@@ -688,6 +801,3 @@ def test_a_policy_says_how_many_must_speak(fleet, tmp_path, policy, status):
             got = fault.code
             assert "edge_recommend unreachable" in json.loads(fault.read())["error"]
         assert got == status
-    finally:
-        process.terminate()
-        assert process.wait(timeout=20) == 0

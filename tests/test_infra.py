@@ -441,7 +441,8 @@ def test_every_bucket_is_private_and_wants_tls(templates):
     policies = templates["storage"].find_resources("AWS::S3::BucketPolicy")
     assert {policy["Properties"]["Bucket"]["Ref"] for policy in policies.values()} == buckets.keys()
     for policy in policies.values():
-        denied = [s for s in policy["Properties"]["PolicyDocument"]["Statement"] if s["Effect"] == "Deny"]
+        statements = policy["Properties"]["PolicyDocument"]["Statement"]
+        denied = [s for s in statements if s["Effect"] == "Deny" and s["Action"] == "s3:*"]
         assert [(s["Action"], s["Principal"], s["Condition"]) for s in denied] == [
             ("s3:*", {"AWS": "*"}, {"Bool": {"aws:SecureTransport": "false"}}),
             ("s3:*", {"AWS": "*"}, {"NumericLessThan": {"s3:TlsVersion": 1.2}}),

@@ -42,6 +42,7 @@ LINK = {
     "resolvers": ("192.168.0.53",),
 }
 DELIVERY = {"repository": "owner/shop"}
+TRAINING = {"image": f"shipyard/train@sha256:{'0' * 64}", "instance_type": "ml.c7i.4xlarge"}
 VPC = {
     "id": "vpc-0123456789abcdef0",
     "subnets": ("subnet-0123456789abcdef0", "subnet-0123456789abcdef1"),
@@ -221,7 +222,7 @@ def test_release_writes_artifacts_and_deletes_none(stage):
     actions = {action for names in allowed for action in names.split()}
     assert "s3:PutObject" in actions and not any("Delete" in action for action in actions)
     written = next(resources for names, (resources, _) in allowed.items() if "s3:PutObject" in names)
-    assert written == ["<bucket>/artifacts/*"]
+    assert written == ["<bucket>/artifacts/*", "<bucket>/delivery/*"]
     # plan and deploy act by the roles of the bootstrap, plan by the one that reads
     plan = statements(found["shipyard-dev-plan"])["sts:AssumeRole"][0]
     assert plan == [f"arn:aws:iam::{ACCOUNT}:role/cdk-hnb659fds-lookup-role-{ACCOUNT}-us-east-1"]

@@ -138,7 +138,7 @@ def test_bundles_hold_exactly_these_files(small: Made) -> None:
 
     modules = (
         "__init__", "asgi", "batch", "blend", "codec", "engine", "errors", "files", "history", "listen", "openapi",
-        "runtime", "server", "triton", "trust",
+        "runtime", "server", "trace", "triton", "trust",
     )  # fmt: skip
     code = {f"serve/{module}.py" for module in modules}
     number = int(sha256_file(small.bundle("search") / "catalogue.json")[:7], 16) + 1
@@ -159,12 +159,13 @@ def test_bundles_hold_exactly_these_files(small: Made) -> None:
         "requirements.txt",
         "serve/fetch.py",
     }
-    fusing = {"feedback", "fetch", "fused", "fusion", "gateway", "targets"}
+    fusing = {"feedback", "fetch", "fused", "fusion", "gateway", "observed", "targets"}
     kept = code - {f"serve/{module}.py" for module in ("batch", "blend", "engine", "runtime", "server")}
     assert names("gateway") == kept | {f"serve/{module}.py" for module in fusing} | {
         "bundle.json",
         "catalogue.json",
         "fusion.json",
+        "reference.json",
         "search.json",
         "tokenizer.json",
         "Dockerfile",
@@ -174,7 +175,7 @@ def test_bundles_hold_exactly_these_files(small: Made) -> None:
     uploaded = small.folder("edge_recommend", "bundle") / "upload" / "edge-recommend.zip"
     with zipfile.ZipFile(uploaded) as archive:
         assert set(archive.namelist()) == names("edge_recommend")
-    serving = ("asgi", "batch", "listen", "openapi", "server", "triton")
+    serving = ("asgi", "batch", "listen", "openapi", "server", "trace", "triton")
     edge = {f"serve/greengrass/{n}.py" for n in ("__init__", *bundling.EDGE_CODE)} | code - {
         f"serve/{module}.py" for module in serving
     }

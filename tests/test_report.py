@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 
+from models.config import load_fleet
+from models.lineage import Gated
+from models.release import Release, read_release
+from serve.trust import load_keys
 from shipyard import plots
 from shipyard.comparison import comparison
 from shipyard.page import between, judge, number, table
@@ -236,3 +241,63 @@ def test_wilson_has_the_known_values() -> None:
 
 def test_an_empty_comparison_is_a_page_too(tmp_path: Path) -> None:
     read(comparison({}, tmp_path / "compare.html"))
+
+
+# --- what a release adds ---------------------------------------------------------------------------------------------
+
+CARD = "---\nlicense: mit\n---\n\n# A card <b>\n\n## Limits\n\n| a | b |\n| --- | --- |\n| `x` | <script> |\n"
+PRICES = {
+    "by_target": {"gpu": {"USD": ["10.5", "20.25", "4000"]}, "cpu": {"USD": ["1", "2", "3"]}},
+    "totals": {"USD": ["11.5", "22.25", "4003"]}, "by_environment": {"prod": {"USD": ["11.5", "22.25", "4003"]}},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def released() -> Release:
+    version = load_fleet(ROOT / "fleet.toml").env["prod"].release
+    return read_release(ROOT / "releases" / f"{version}.json", load_keys(ROOT / "releases" / "keys"))
+
+
+def test_the_page_of_a_release_has_forms_targets_cost_lineage_gates_and_card(
+    record: dict[str, Any], released: Release, tmp_path: Path
+) -> None:
+    gate = Gated(of="search", gate="loss", figure=0.5, bound=0.01, passed=False)
+    found = released.model_copy(update={"gates": (gate,)})
+    text, read_back = read(report(record, tmp_path / "page.html", found, None, PRICES, CARD))
+    words = " ".join(read_back.words)
+    for told in ("Forms", "Targets", "Cost a month by target", "4,000.00", "22.25", "Lineage and gates", "missed",
+                 found.source.code_sha256, "Model card", "A card <b>", "greengrass-model", "search, for gpu"):  # fmt: skip
+        assert told in words, told
+    served = found.submodels["recommend"].formats[-1]
+    assert f"{served.bytes / 1e6:.1f} MB, {served.latency_ms:.2f} ms, {served.order:.1%} same" in words
+    assert "Since the previous release" not in words
+    assert "<h4>Limits</h4>" in text
+    assert report(record, tmp_path / "again.html", found, None, PRICES, CARD).read_text() == text
+
+
+def test_the_page_tells_what_changed_since_another_release(released: Release, tmp_path: Path) -> None:
+    search = released.submodels["search"]
+    better = search.score.model_copy(update={"after": search.score.after.model_copy(update={"value": 0.9})})
+    changed = {
+        "version": "0.1.0-g000000000000",
+        "submodels": {name: sub for name, sub in released.submodels.items() if name != "intent"}
+        | {"search": search.model_copy(update={"score": better})},
+        "source": released.source.model_copy(update={"data_sha256": "0" * 64}),
+        "artifacts": released.artifacts[1:],
+    }
+    _, found = read(report({}, tmp_path / "page.html", released.model_copy(update=changed), released))
+    words = " ".join(found.words)
+    assert f"Against {released.version}, profile {released.profile}. It had intent, which this one has not." in words
+    assert "Their data differ" in words
+    assert f"+{0.9 - search.score.after.value:.3f}" in words
+    assert "removed" in words
+    assert "data_sha256" in words
+
+
+def test_a_release_without_papers_has_a_page_of_its_own_figures(released: Release, tmp_path: Path) -> None:
+    _, found = read(report({}, tmp_path / "page.html", released))
+    words = " ".join(found.words)
+    search = released.submodels["search"].score
+    assert between(search.after.model_dump()) in words
+    assert search.baseline_name in words
+    assert "What was reached" in words

@@ -17,6 +17,7 @@ import onnx
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from fuzzed import fuzz
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -457,6 +458,13 @@ def test_a_bad_body_is_the_clients_fault(server, what):
     body = BODIES[what]
     status, answer, _ = server.ask("POST", "/v1/recommend", body if isinstance(body, bytes) else body.encode())
     assert_refused(server, status, answer, allowed={400})
+
+
+@pytest.mark.parametrize("path", ["/v1/recommend", "/v1/rank"])
+def test_the_server_is_as_its_description_says(server, path):
+    seen = fuzz(f"http://127.0.0.1:{server.port}", path)
+    assert (set(seen["positive"]), set(seen["negative"])) == ({200}, {400})
+    assert "Traceback" not in server.log.read_text()
 
 
 def test_no_depth_of_nesting_is_our_fault(server):

@@ -23,8 +23,9 @@ DEEPEST = 100
 class Stack:
     """Hold one template with the place where it is deployed.
 
-    `name` is unique among those read, as `dev/gpu`; `stack_name` is what CloudFormation calls it. `parameters` holds
-    values that replace the template's defaults, `nested` the templates of nested stacks by logical id.
+    `name` is unique among those read, as `dev/gpu`, or `dev/gpu:Child` of a nested stack; `stack_name` is what
+    CloudFormation calls it. `parameters` holds values that replace the template's defaults, `nested` the templates of
+    nested stacks by logical id.
     """
 
     name: str
@@ -89,7 +90,7 @@ def _stack(
             if isinstance(beside, str) and (path.parent / Path(beside).name).is_file():
                 nested[str(key)] = _stack(
                     path.parent / Path(beside).name,
-                    f"{name}/{key}",
+                    f"{name}:{key}",
                     f"{stack_name}-{key}",
                     account,
                     region,

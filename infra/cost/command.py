@@ -4,16 +4,16 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from infra.cost.assembly import Stack, read_stacks
-from infra.cost.comparison import comparison_json, comparison_markdown, comparison_page
-from infra.cost.difference import Difference, difference
-from infra.cost.document import json_schema, read_document, write_document
-from infra.cost.grammar import compare_grammar, cost_grammar, prices_grammar
+from infra.cost.comparison import comparison_markdown, comparison_page
+from infra.cost.difference import difference
+from infra.cost.document import json_schema, read_document, write_difference, write_document, write_places
+from infra.cost.grammar import compare_grammar, cost_grammar, prices_grammar, schema_grammar
 from infra.cost.guardrails import crossed, over_caps
 from infra.cost.page import difference_page, report_page
 from infra.cost.places import Load, Throughput, load_throughput, places
@@ -38,7 +38,8 @@ def main(arguments: Sequence[str]) -> int:
     if verb == "prices":
         return _prices(prices_grammar().parse_args(rest))
     if rest[:1] == ["schema"]:
-        print(json.dumps(json_schema(), indent=1, ensure_ascii=False))
+        document = schema_grammar().parse_args(rest[1:]).document
+        print(json.dumps(json_schema(document), indent=1, ensure_ascii=False))
         return 0
     if rest[:1] == ["diff"]:
         return _diff(cost_grammar("diff").parse_args(rest[1:]))
@@ -51,15 +52,16 @@ def _cost(chosen: argparse.Namespace) -> int:
     book, usage = load_book(chosen.prices), load_usage(chosen.usage) if chosen.usage else Usage()
     report = price(_stacks(chosen.templates, chosen), book, usage, str(chosen.templates))
     _check(usage, report)
+    faults = over_caps(report, _rails(chosen.fleet))
     if chosen.json:
         print(write_document(report), end="")
     elif chosen.markdown:
-        print(report_markdown(report))
+        print(report_markdown(report, faults))
     else:
         print_report(report, every=chosen.all, console=_console())
     _write(chosen.save, write_document(report) if chosen.save else "")
-    _write(chosen.html, report_page(report) if chosen.html else "")
-    return _verdict(over_caps(report, _rails(chosen.fleet)))
+    _write(chosen.html, report_page(report, faults) if chosen.html else "")
+    return _verdict(faults)
 
 
 def _diff(chosen: argparse.Namespace) -> int:
@@ -67,39 +69,16 @@ def _diff(chosen: argparse.Namespace) -> int:
     old, new = (_either(path, chosen, book, usage) for path in (chosen.old, chosen.new))
     _check(usage, old, new)
     change = difference(old, new)
+    faults = crossed(change, _rails(chosen.fleet))
     if chosen.json:
-        print(_difference_json(change))
+        print(write_difference(change, faults), end="")
     elif chosen.markdown:
-        print(difference_markdown(change))
+        print(difference_markdown(change, faults))
     else:
         for text in difference_lines(change):
             _console().print(text, markup=False, highlight=False, soft_wrap=True)
-    _write(chosen.html, difference_page(change) if chosen.html else "")
-    return _verdict(crossed(change, _rails(chosen.fleet)))
-
-
-def _difference_json(change: Difference) -> str:
-    def texts(sums: Mapping[str, tuple[object, ...]]) -> dict[str, list[str]]:
-        return {currency: [str(part) for part in three] for currency, three in sums.items()}
-
-    changes = [
-        {
-            "sign": one.sign, "stack": one.line.stack, "resource": one.line.resource, "path": one.line.path,
-            "type": one.line.type, "item": one.line.item, "status": one.line.status, "currency": one.line.currency,
-            **{
-                name: None if three is None else [str(part) for part in three]
-                for name, three in (("before", one.before), ("after", one.after), ("delta", one.delta))
-            },
-            "unknown": one.unknown, "why": list(one.why),
-        }
-        for one in change.changes
-    ]  # fmt: skip
-    return json.dumps(
-        {"schema": "shipyard.cost.difference/1", "total": texts(change.total()),
-         "release": texts(change.total(release=True)),
-         "by_environment": {name: texts(sums) for name, sums in change.by_environment().items()}, "changes": changes},
-        indent=1, ensure_ascii=False,
-    )  # fmt: skip
+    _write(chosen.html, difference_page(change, faults) if chosen.html else "")
+    return _verdict(faults)
 
 
 def _either(path: Path, chosen: argparse.Namespace, book: Book, usage: Usage) -> Report:
@@ -177,10 +156,10 @@ def _compare(chosen: argparse.Namespace) -> int:
     load = Load(chosen.request_kb, chosen.response_kb, chosen.devices, chosen.device_cost)
     measured = load_throughput(chosen.throughput) if chosen.throughput else Throughput()
     submodel = chosen.submodel or next(iter(release.submodels))
-    book = load_book(chosen.prices)
-    found = places(book, env, load, release=release, submodel=submodel, measured=measured)
+    book, largest = load_book(chosen.prices), {name: target.max_size_mb for name, target in fleet.target.items()}
+    found = places(book, env, load, release=release, submodel=submodel, measured=measured, largest=largest)
     currency = "CNY" if env.region.startswith("cn-") else "USD"
-    print((comparison_json if chosen.json else comparison_markdown)(found, currency))
+    print(write_places(found, currency) if chosen.json else comparison_markdown(found, currency), end="")
     title = f"Where {submodel} costs least, sized as {name}"
     _write(chosen.html, comparison_page(found, currency, title) if chosen.html else "")
     return 0

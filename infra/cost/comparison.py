@@ -1,6 +1,5 @@
-"""A comparison of places as table, Markdown, JSON and page."""
+"""A comparison of places as table, Markdown and page."""
 
-import json
 from collections.abc import Sequence
 from decimal import Decimal
 
@@ -41,15 +40,6 @@ def rows(found: Sequence[Place], currency: str) -> list[tuple[str, ...]]:
     ]
 
 
-def grounds(found: Sequence[Place]) -> list[str]:
-    """Return what a unit of each place takes, and how that is known."""
-    return [
-        f"{place.name}: one {place.unit} takes {_count(place.unit_rate)} requests a second ({place.grounds}); "
-        f"at least {place.least}, each given 60 % of that"
-        for place in found
-    ]
-
-
 def crossing_lines(found: Sequence[Crossing]) -> list[str]:
     """Return the crossing points, a line each; of a stair of many the first and the last of each pair."""
     pairs = sorted({tuple(sorted((one.cheaper, one.dearer))) for one in found})
@@ -69,39 +59,8 @@ def comparison_markdown(found: Sequence[Place], currency: str) -> str:
     """Return a comparison as Markdown, which a terminal shows as well."""
     names, lines = head(found), rows(found, currency)
     cells = ["| " + " | ".join(row) + " |" for row in (names, ["---:"] * len(names), *lines)]
-    told = [verdict(found), *crossing_lines(crossings(found)), *grounds(found)]
+    told = [verdict(found), *crossing_lines(crossings(found)), *(place.told for place in found)]
     return "\n".join([*cells, "", *(f"- {line}" for line in told), ""])
-
-
-def comparison_json(found: Sequence[Place], currency: str) -> str:
-    """Return a comparison as JSON: every load, each place, the crossings, the grounds."""
-    return json.dumps(
-        {
-            "schema": "shipyard.cost.places/1",
-            "currency": currency,
-            "verdict": verdict(found),
-            "grounds": grounds(found),
-            "assumed": [place.name for place in found if place.assumed],
-            "crossings": [
-                {"rate": float(one.rate), "cheaper": one.cheaper, "dearer": one.dearer} for one in crossings(found)
-            ],
-            "loads": [
-                {
-                    "rate": float(rate),
-                    "places": {
-                        place.name: {
-                            "units": int(place.units(rate)),
-                            "month": f"{place.cost(rate):.4f}",
-                            "million": f"{place.million(rate):.6f}",
-                        }
-                        for place in found
-                    },
-                }
-                for rate in rates()
-            ],
-        },
-        indent=1,
-    )
 
 
 def comparison_page(found: Sequence[Place], currency: str, title: str) -> str:
@@ -124,18 +83,19 @@ def comparison_page(found: Sequence[Place], currency: str, title: str) -> str:
         )
         for what, cost in (("A month", Place.cost), ("A million predictions", Place.million))
     ]
-    told = "".join(f"<li>{line}</li>" for line in map(_escaped, [*crossing_lines(points), *grounds(found)]))
+    told = "".join(
+        f"<li>{line}</li>" for line in map(_escaped, [*crossing_lines(points), *(place.told for place in found)])
+    )
     names = head(found)
+    stair = [(f"{one.rate:,.3g}", one.cheaper, one.dearer) for one in points]
     return page(
         title,
         verdict(found),
         [f'<div class="grid">{"".join(figures)}</div>', table("", names, rows(found, currency), range(len(names))),
-         f"<ul>{told}</ul>"],
+         f"<ul>{told}</ul>",
+         "<h2>Crossing points</h2>" if stair else "",
+         table("", ("from requests a second", "costs less", "costs more"), stair, numbers=(0,))],
     )  # fmt: skip
-
-
-def _count(rate: Decimal) -> str:
-    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
 def _escaped(text: str) -> str:

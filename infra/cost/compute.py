@@ -4,17 +4,19 @@ from decimal import Decimal
 
 from infra.cost.lines import Meter, NotStatic, View, each, three
 from infra.cost.resolve import Pointer
-from infra.cost.scaling import Index, Pricer, property_of
+from infra.cost.scaling import Index, Pricer, limits, mean, property_of, recurrence, week
 from infra.cost.usage import MB_PER_GB, Three
+
+SPOT = "spot instances: the price changes through the day"
 
 
 def instance(meter: Meter, index: Index, count: Three | None = None, node: View | None = None) -> None:
     """Price EC2 instances on demand with Linux, and their volumes."""
-    view = node or meter.properties
+    view = node or _launched(meter.properties, index)
     tenancy = view.text("Tenancy", "default")
     if tenancy != "default":
         raise NotStatic(f"tenancy {tenancy}")
-    size = view.text("InstanceType")
+    size = view.text("InstanceType", "m1.small")
     number = count or three(Decimal(1))
     meter.hourly(f"instances: {size}, Linux", f"ec2.ondemand.linux.{size}", number, of=view)
     for block in view.items("BlockDeviceMappings"):
@@ -23,6 +25,25 @@ def instance(meter: Meter, index: Index, count: Three | None = None, node: View 
             _volume(meter, volume, "VolumeSize", "VolumeType", number, default="gp2")
     if str(view.get("Monitoring", False)).lower() == "true":
         meter.monthly("detailed monitoring: 7 metrics each", "cw.metric.custom", each(number, Decimal(7)), of=view)
+    if any(str(one.get("AssociatePublicIpAddress")).lower() == "true" for one in view.items("NetworkInterfaces")):
+        meter.hourly("public IPv4 addresses", "public_ipv4.hour", number, of=view)
+    if meter.ask("internet_gb"):
+        meter.used("data out to the internet", "egress.internet", lambda u: u["internet_gb"], "internet_gb")
+
+
+def _launched(instance: View, index: Index) -> View:
+    """Return an instance's properties, what it leaves out taken from its launch template."""
+    given = instance.view("LaunchTemplate")
+    template = index.at(given.get("LaunchTemplateId"), "AWS::EC2::LaunchTemplate")
+    if template is None:
+        if given.reads and instance.get("InstanceType") is None:
+            raise NotStatic("its launch template is in no template here")
+        return instance
+    data = View(template.properties).get("LaunchTemplateData", {})
+    if View(data).view("InstanceMarketOptions").text("MarketType") == "spot":
+        raise NotStatic(SPOT)
+    own = instance.whole()
+    return View({**data, **own} if isinstance(data, dict) else own, reads=instance.reads)
 
 
 def auto_scaling_group(meter: Meter, index: Index) -> None:
@@ -39,12 +60,31 @@ def auto_scaling_group(meter: Meter, index: Index) -> None:
     if template is not None:
         view = View(View(template.properties).get("LaunchTemplateData", {}), "LaunchTemplateData.")
         if view.view("InstanceMarketOptions").text("MarketType") == "spot":
-            raise NotStatic("spot instances: the price changes through the day")
+            raise NotStatic(SPOT)
     else:
         assert config is not None
         view = View(config.properties, "LaunchConfiguration.")
     view.reads.update(group.reads)
-    instance(meter, index, (least, desired, most), view)
+    instance(meter, index, _through_the_week(meter, index, (least, desired, most)), view)
+
+
+def _through_the_week(meter: Meter, index: Index, sizes: Three) -> Three:
+    """Return the mean of a group's minimum, desired and maximum size, as its scheduled actions change them."""
+    name = property_of(meter.resource, "AutoScalingGroupName")
+    actions = []
+    for action in index.of("AWS::AutoScaling::ScheduledAction"):
+        group = property_of(action, "AutoScalingGroupName")
+        mine = index.at(group, meter.resource.type) is meter.resource or (isinstance(name, str) and group == name)
+        new = View(action.properties)
+        if mine and (when := new.text("Recurrence")):  # without one it happens once
+            actions.append((recurrence(when), new))
+    series = [
+        week(start, [(when, new.number(key)) for when, new in actions if new.get(key) is not None])
+        for key, start in zip(("MinSize", "DesiredCapacity", "MaxSize"), sizes, strict=True)
+    ]
+    # minimum and maximum bound what is desired, whatever it was before
+    desired = [min(max(a, b), max(a, c)) for a, b, c in zip(*series, strict=True)]
+    return mean(series[0]), mean(desired), mean([max(a, c) for a, c in zip(series[0], series[2], strict=True)])
 
 
 def volume(meter: Meter, index: Index) -> None:
@@ -94,7 +134,8 @@ def provisioned(meter: Meter, index: Index) -> None:
     if code is None or isinstance(property_of(code, "MemorySize"), Pointer):
         return meter.unknown("provisioned concurrency", "its function is in no template here")
     memory = View(code.properties).number("MemorySize", 128) / MB_PER_GB
-    count = config.number("ProvisionedConcurrentExecutions") * memory * 3600
+    target = index.scaler(code, "lambda:function:ProvisionedConcurrency")
+    count = each(limits(target, config.number("ProvisionedConcurrentExecutions"), config), memory * 3600)
     return meter.hourly("provisioned concurrency", "lambda.provisioned_concurrency.gb_s", count, of=config)
 
 

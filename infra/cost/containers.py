@@ -1,6 +1,6 @@
 """Containers: ECS services on Fargate and on EC2, their clusters, EKS."""
 
-from decimal import Decimal
+from decimal import ROUND_CEILING, Decimal
 
 from infra.cost.lines import Meter, NotStatic, View, each
 from infra.cost.scaling import Index, Pricer, capacity
@@ -47,6 +47,11 @@ def ecs_service(meter: Meter, index: Index) -> None:
                 each(count, storage - 20),
                 of=shape,
             )
+    network = service.view("NetworkConfiguration").view("AwsvpcConfiguration")
+    if network.text("AssignPublicIp", "DISABLED") == "ENABLED":
+        meter.hourly("public IPv4 addresses of tasks", "public_ipv4.hour", tasks, of=network)
+    if meter.ask("internet_gb"):
+        meter.used("data out to the internet", "egress.internet", lambda u: u["internet_gb"], "internet_gb")
     _deploying(meter, service, tasks, {"vcpu": cpu, "memory": memory}, shares, chip)
     return None
 
@@ -54,17 +59,48 @@ def ecs_service(meter: Meter, index: Index) -> None:
 def _deploying(
     meter: Meter, service: View, tasks: Three, sizes: dict[str, Decimal], shares: dict[str, Decimal], chip: str
 ) -> None:
-    """Price the tasks that a rolling deployment runs beside the old ones."""
-    extra = service.view("DeploymentConfiguration").number("MaximumPercent", 200) / 100 - 1
+    """Price the tasks that a deployment runs beside the old ones: a part of them, or all while blue and green bake.
+
+    The key deployment_minutes adds what starting takes.
+    """
+    policy = service.view("DeploymentConfiguration")
+    baking = _baking(policy)
+    extra = Decimal(1) if baking is not None else policy.number("MaximumPercent", 200) / 100 - 1
     if extra <= 0 or "EC2" in shares:
         return
     kind = "fargate" if "FARGATE" in shares else "fargate_spot"
+    what = "the old while a release starts" if baking is None else "the old while a release bakes"
     for name, size in sizes.items():
-        meter.used(
-            f"new tasks beside the old while a release starts: {name}", f"{kind}.linux.{chip}.{name}",
-            lambda u, size=size: tasks[1] * extra * size * u["deployment_minutes"] / 60,  # type: ignore[misc]
-            "deployment_minutes", of=service, status="release",
-        )  # fmt: skip
+        item, sku, running = f"new tasks beside {what}: {name}", f"{kind}.linux.{chip}.{name}", tasks[1] * extra * size
+        if baking and meter.ask("deployment_minutes") is None:
+            meter.release(item, sku, running * baking / 60, of=service,
+                          note="without the minutes that starting takes: deployment_minutes")  # fmt: skip
+        else:
+            meter.used(
+                item, sku,
+                lambda u, running=running: running * ((baking or 0) + u["deployment_minutes"]) / 60,  # type: ignore[misc]
+                "deployment_minutes", of=service, status="release",
+            )  # fmt: skip
+
+
+def _baking(policy: View) -> Decimal | None:
+    """Return the minutes for which a service runs blue and green beside each other; None for a rolling deployment.
+
+    Green has all its tasks before the first request is shifted (ECS developer guide, "Blue/green deployments").
+    """
+    strategy = policy.text("Strategy", "ROLLING")
+    if strategy == "ROLLING":
+        return None
+    baking = policy.number("BakeTimeInMinutes", 0)
+    if strategy == "CANARY":
+        baking += policy.view("CanaryConfiguration").number("CanaryBakeTimeInMinutes", 10)
+    elif strategy == "LINEAR":
+        linear = policy.view("LinearConfiguration")
+        steps = (100 / (linear.number("StepPercent", 10) or Decimal(100))).to_integral_value(ROUND_CEILING)
+        baking += (steps - 1) * linear.number("StepBakeTimeInMinutes", 6)
+    elif strategy != "BLUE_GREEN":
+        raise NotStatic(f"the deployment strategy {strategy}")
+    return baking
 
 
 def _providers(service: View, index: Index) -> dict[str, Decimal]:

@@ -9,6 +9,7 @@ from typing import Literal
 from infra.cost.lines import Line
 from infra.cost.report import NOTHING, Report, add
 from infra.cost.usage import Three
+from infra.cost.words import NONE, unit_price
 
 Sign = Literal["+", "-", "~"]
 ZERO = Decimal(0)
@@ -115,12 +116,15 @@ def _prices(line: Line) -> list[tuple[Decimal, Decimal]]:
 
 
 def _why(old: Line | None, new: Line | None) -> tuple[str, ...]:
-    """Return the properties that differ, as `InstanceType: a -> b`, and what a side says of an unknown price."""
+    """Return the properties and the unit price that differ, as `InstanceType: a -> b`, and why a price is not known."""
     said = [side.note for side in (old, new) if side is not None and side.status == "unknown"]
     if old is None or new is None:
         return tuple(said)
     sides = [dict(text.split(" = ", 1) for text in side.properties) for side in (old, new)]
     names = [name for name in {**sides[0], **sides[1]} if sides[0].get(name) != sides[1].get(name)]
+    prices = [unit_price(side) for side in (old, new)]
+    if NONE not in prices and prices[0] != prices[1]:
+        said.append(f"unit price: {prices[0]} -> {prices[1]}")
     return *(f"{name}: {sides[0].get(name, 'none')} -> {sides[1].get(name, 'none')}" for name in names), *said
 
 

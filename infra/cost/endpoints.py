@@ -3,7 +3,7 @@
 from decimal import ROUND_CEILING, Decimal
 
 from infra.cost.lines import Meter, NotStatic, Resource, View, each
-from infra.cost.scaling import Index, Pricer, capacity, property_of
+from infra.cost.scaling import WEEK, Index, Pricer, capacity, property_of, within
 from infra.cost.usage import MB_PER_GB, Three, requests, traffic_gb
 
 
@@ -47,11 +47,27 @@ def endpoint_config(meter: Meter, index: Index) -> None:
     capture = meter.properties.view("DataCaptureConfig")
     if str(capture.get("EnableCapture", False)).lower() == "true":
         part = capture.number("InitialSamplingPercentage", 100) / 100
+        days = _kept_days(index, capture.text("DestinationS3Uri"))
+        most = days / (meter.hours / 24) if days else None
         meter.used(
             "captured data, kept in S3", "s3.standard.storage",
-            lambda u: part * traffic_gb(u, meter.hours) * (1 + u["months"]),
+            lambda u: part * traffic_gb(u, meter.hours) * (1 + u["months"] if most is None else min(1 + u["months"], most)),
             "requests_per_second", "request_kb", "response_kb", "months", of=capture,
+            note=f"its bucket deletes it after {days:f} days" if days else "",
         )  # fmt: skip
+
+
+def _kept_days(index: Index, uri: str) -> Decimal | None:
+    """Return after how many days a bucket of these templates deletes what lies at an address; None where none does."""
+    name, _, key = uri.removeprefix("s3://").partition("/")
+    for bucket in index.of("AWS::S3::Bucket"):
+        if name and property_of(bucket, "BucketName") == name:
+            rules = View(bucket.properties).view("LifecycleConfiguration").items("Rules")
+            days = [rule.number("ExpirationInDays") for rule in rules
+                    if rule.text("Status") == "Enabled" and rule.get("ExpirationInDays") is not None
+                    and rule.get("TagFilters") is None and key.startswith(rule.text("Prefix"))]  # fmt: skip
+            return min(days, default=None)
+    return None
 
 
 def _size(variant: View) -> tuple[str, str]:
@@ -70,11 +86,11 @@ def _size(variant: View) -> tuple[str, str]:
 
 def _instances(meter: Meter, index: Index, variant: View, name: str, endpoint: Resource | None) -> tuple[Three, str]:
     managed = variant.view("ManagedInstanceScaling")
-    if managed.text("Status", "DISABLED") == "ENABLED":
-        least, most = managed.number("MinInstanceCount"), managed.number("MaxInstanceCount")
-        return (least, least, most), "minimum, minimum and maximum of its managed scaling"
     initial = variant.number("InitialInstanceCount", 1)
-    found = index.scaler(endpoint, "sagemaker:variant:DesiredInstanceCount", name) if endpoint else None
+    if managed.text("Status", "DISABLED") == "ENABLED":
+        least, most = managed.number("MinInstanceCount", 1), managed.number("MaxInstanceCount")
+        return within(meter, [least] * WEEK, [most] * WEEK, "managed scaling")
+    found = index.scaler(endpoint, "sagemaker:variant:DesiredInstanceCount", f"/variant/{name}") if endpoint else None
     return capacity(meter, initial, found, variant)
 
 
@@ -88,27 +104,47 @@ def endpoint(meter: Meter, index: Index) -> None:
     config = index.at(meter.properties.get("EndpointConfigName"), "AWS::SageMaker::EndpointConfig")
     if config is None:
         return
-    policy = meter.properties.view("DeploymentConfig").view("BlueGreenUpdatePolicy")
-    baking = _baking(policy) if policy.reads else Decimal(0)
+    deployment = meter.properties.view("DeploymentConfig")
+    rolling = deployment.get("RollingUpdatePolicy") is not None
+    policy = deployment.view("RollingUpdatePolicy" if rolling else "BlueGreenUpdatePolicy")
     start = meter.ask("deployment_minutes")
-    for variant in View(config.properties).items("ProductionVariants"):
+    shape = View(config.properties)
+    for variant in [*shape.items("ProductionVariants"), *shape.items("ShadowProductionVariants")]:
         if variant.get("ServerlessConfig") is not None:
             continue
-        (size, _), count = _size(variant), variant.number("InitialInstanceCount", 1)
+        (size, _), fleet = _size(variant), variant.number("InitialInstanceCount", 1)
+        count, baking = _rolling(policy, fleet) if rolling else (fleet, _baking(policy, fleet))
         variant.reads.update(policy.reads)
-        item = f"second fleet while a release bakes: {size}"
+        item = f"{'batch beside the old' if rolling else 'second fleet'} while a release bakes: {size}"
         if baking and start is None:
             meter.release(item, f"sagemaker.hosting.{size}", count * baking / 3600, of=variant,
                           note="without the minutes that starting takes: deployment_minutes")  # fmt: skip
         else:
             meter.used(
                 item, f"sagemaker.hosting.{size}",
-                lambda u, count=count: count * (baking / 3600 + u["deployment_minutes"] / 60),  # type: ignore[misc]
+                lambda u, count=count, baking=baking: count * (baking / 3600 + u["deployment_minutes"] / 60),  # type: ignore[misc]
                 "deployment_minutes", of=variant, status="release",
             )  # fmt: skip
 
 
-def _baking(policy: View) -> Decimal:
+def _rolling(policy: View, fleet: Decimal) -> tuple[Decimal, Decimal]:
+    """Return the instances of a batch that a rolling update starts beside the old ones, and for how many seconds."""
+    batch = _part(policy.view("MaximumBatchSize"), fleet)
+    steps = (fleet / batch).to_integral_value(ROUND_CEILING)
+    return batch, steps * policy.number("WaitIntervalInSeconds", 0)
+
+
+def _part(size: View, fleet: Decimal) -> Decimal:
+    """Return how many instances of a fleet a step takes: a count, or a percentage rounded up."""
+    value, kind = size.number("Value"), size.text("Type")
+    if not value or kind not in ("CAPACITY_PERCENT", "INSTANCE_COUNT"):
+        raise NotStatic(f"a step of {value:f} {kind}")
+    return (
+        value if kind == "INSTANCE_COUNT" else max((fleet * value / 100).to_integral_value(ROUND_CEILING), Decimal(1))
+    )
+
+
+def _baking(policy: View, fleet: Decimal) -> Decimal:
     """Return the seconds for which both fleets of a blue/green update run."""
     routing = policy.view("TrafficRoutingConfiguration")
     kind, wait = routing.text("Type", "ALL_AT_ONCE"), routing.number("WaitIntervalInSeconds", 0)
@@ -117,9 +153,8 @@ def _baking(policy: View) -> Decimal:
         steps = Decimal(2)
     elif kind == "LINEAR":
         size = routing.view("LinearStepSize")
-        if size.text("Type") != "CAPACITY_PERCENT" or not size.number("Value"):
-            raise NotStatic("a linear shift by instances")
-        steps = (100 / size.number("Value")).to_integral_value(ROUND_CEILING)
+        whole = Decimal(100) if size.text("Type") == "CAPACITY_PERCENT" else fleet
+        steps = (whole / (size.number("Value") or whole)).to_integral_value(ROUND_CEILING)
     return steps * wait + policy.number("TerminationWaitInSeconds", 0)
 
 

@@ -4,6 +4,7 @@ import argparse
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
+from infra.cost.document import DOCUMENTS
 from infra.cost.places import Load
 
 ABOUT = """\
@@ -16,7 +17,7 @@ examples:
   shipyard cost --env prod --usage usage.toml --html cost.html
   shipyard cost diff old/cdk.out cdk.out --markdown
   shipyard cost compare --env prod --submodel recommend --html places.html
-  shipyard cost schema                  the JSON schema of --json
+  shipyard cost schema                  the JSON schema of --json; so are `schema difference` and `schema places`
 
 exit codes: 0 done; 1 an error, told in one line; 2 wrong usage; 3 a guardrail of fleet.toml is crossed
 """
@@ -52,6 +53,15 @@ def cost_grammar(verb: str) -> argparse.ArgumentParser:
     return top
 
 
+def schema_grammar() -> argparse.ArgumentParser:
+    """Return that of `cost schema`."""
+    top = argparse.ArgumentParser(prog="shipyard cost schema", description="Prints the JSON schema of a document.")
+    top.add_argument(
+        "document", nargs="?", choices=DOCUMENTS, default="report", help="of which command (default: report)"
+    )
+    return top
+
+
 def prices_grammar() -> argparse.ArgumentParser:
     """Return that of `prices`."""
     top = argparse.ArgumentParser(prog="shipyard prices", description=(
@@ -80,7 +90,10 @@ def compare_grammar() -> argparse.ArgumentParser:
     top.add_argument("--submodel", help="whose bundles are compared (default: the first of the release)")
     top.add_argument("--release", type=Path, help="release file (default: the environment's)")
     top.add_argument(
-        "--throughput", type=Path, metavar="FILE", help="measured throughput (default: the release's latency)"
+        "--throughput",
+        type=Path,
+        metavar="FILE",
+        help="measured throughput: TOML, or bench.json of `make bench` (default: the release's latency)",
     )
     for name, told in (("request-kb", "size of a request, KB"), ("response-kb", "size of a response, KB"),
                        ("device-cost", "what a device costs a month besides the cloud")):  # fmt: skip

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from infra.cost.prices import Book, Price
-from infra.cost.resolve import Pointer, Scope, Unknown
+from infra.cost.resolve import POINTER, Pointer, Scope, Unknown
 from infra.cost.usage import DEFAULTS, HOURS, KEYS, Three, Usage
 
 Status = Literal["fixed", "usage", "free", "unknown", "release"]
@@ -53,7 +53,7 @@ class Line:
 
 def part_of(stack: str) -> str:
     """Return a stack's name within its stage, as `gpu` of `dev/gpu`; of a nested stack that of its root."""
-    return stack.split("/")[1] if "/" in stack else stack
+    return (stack.split("/")[1] if "/" in stack else stack).partition(":")[0]
 
 
 class NotStatic(Exception):
@@ -80,9 +80,15 @@ class View:
             raise NotStatic(f"{self._where}{name}: {found.reason}")
         if found is None:
             return default
+        if isinstance(found, str) and "{{resolve:" in found:
+            raise NotStatic(f"{self._where}{name}: a dynamic reference is read when it is deployed")
         if not isinstance(found, dict | list):
             self.reads[f"{self._where}{name}"] = str(found)
         return found
+
+    def whole(self) -> dict[str, Any]:
+        """Return all of it, which has been resolved; what is no table is an empty one."""
+        return self._node if isinstance(self._node, dict) else {}
 
     def number(self, name: str, default: int | None = None) -> Decimal:
         """Return a property that is a number of 0 or more."""
@@ -100,9 +106,13 @@ class View:
     def text(self, name: str, default: str = "") -> str:
         """Return a property that is a text."""
         found = self.get(name, default)
-        if isinstance(found, dict | list | Pointer):
+        if isinstance(found, dict | list | Pointer) or (isinstance(found, str) and POINTER.search(found)):
             raise NotStatic(f"{self._where}{name} is not a static text")
         return str(found)
+
+    def flag(self, name: str) -> bool:
+        """Return whether a property is true; left out it is not."""
+        return self.text(name, "false").lower() == "true"
 
     def view(self, name: str) -> "View":
         """Return a table within; an empty one where it is left out."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
-from infra.cost.lines import Meter, NotStatic
+from infra.cost.lines import Meter, NotStatic, Resource, View
 from infra.cost.scaling import Index, Pricer, property_of
 from infra.cost.usage import KB_PER_GB, requests
 
@@ -27,11 +27,16 @@ def units_application(rate: Decimal, u: Mapping[str, Any], rules: int) -> Decima
     return max(new / 25, new * u["connection_seconds"] / 3000, gigabytes, evaluated / 1000)
 
 
-def units_network(rate: Decimal, u: Mapping[str, Any]) -> Decimal:
-    """Return the capacity units of a network load balancer: 800 new, 100,000 active connections, 1 GB an hour (TCP)."""
+NETWORK_UNITS = {"TCP": (800, 100_000), "TLS": (50, 3_000), "UDP": (400, 50_000)}
+"""New connections a second, and active ones, that one unit of a network load balancer holds, by protocol."""
+
+
+def units_network(rate: Decimal, u: Mapping[str, Any], protocol: str = "TCP") -> Decimal:
+    """Return the capacity units of a network load balancer: new and active connections of a protocol, 1 GB an hour."""
+    fresh, active = NETWORK_UNITS[protocol]
     new = u.get("connections_per_second", rate)
     gigabytes = rate * (u["request_kb"] + u["response_kb"]) * 3600 / KB_PER_GB_OF_UNITS
-    return max(new / 800, new * u["connection_seconds"] / 100_000, gigabytes)
+    return max(new / fresh, new * u["connection_seconds"] / active, gigabytes)
 
 
 def load_balancer(meter: Meter, index: Index) -> None:
@@ -47,8 +52,12 @@ def load_balancer(meter: Meter, index: Index) -> None:
         hourly: Callable[[Decimal, Mapping[str, Any]], Decimal] = lambda rate, u: units_application(rate, u, rules)  # noqa: E731
         sku = "alb.lcu"
     elif kind == "network":
+        protocols = {View(one.properties).text("Protocol") for one in _listeners(meter, index)} & NETWORK_UNITS.keys()
+        protocol = min(protocols, key=lambda name: NETWORK_UNITS[name], default="TCP")
         meter.hourly("network load balancer", "nlb.hour", Decimal(1))
-        hourly, sku = units_network, "nlb.nlcu"
+        hourly, sku = lambda rate, u: units_network(rate, u, protocol), "nlb.nlcu"
+        if protocol != "TCP":
+            balancer.reads["Listeners"] = protocol
     else:
         return meter.unknown("load balancer", f"the price book has none for the type {kind}")
 
@@ -59,16 +68,31 @@ def load_balancer(meter: Meter, index: Index) -> None:
     meter.used("data between zones", "intra_region.inter_az_each_way", lambda u: u["cross_zone_gb"], "cross_zone_gb")
     if balancer.text("Scheme", "internet-facing") == "internet-facing":
         _egress(meter)
+        _addresses(meter)
     return None
+
+
+def _addresses(meter: Meter) -> None:
+    """Price the public addresses of a load balancer, one a zone; those that it is given are priced by themselves."""
+    given = [item.get("AllocationId") for item in meter.properties.items("SubnetMappings")]
+    zones = len(meter.properties.get("Subnets", [])) + sum(one is None for one in given)
+    if zones:
+        meter.hourly("public IPv4 addresses, one a zone", "public_ipv4.hour", Decimal(zones))
+    elif not given:
+        meter.unknown("public IPv4 addresses", "Subnets, and with it the number of zones, is not in the template")
+
+
+def _listeners(meter: Meter, index: Index) -> list[Resource]:
+    return [
+        listener
+        for listener in index.of("AWS::ElasticLoadBalancingV2::Listener")
+        if index.at(property_of(listener, "LoadBalancerArn"), meter.resource.type) is meter.resource
+    ]
 
 
 def _rules(meter: Meter, index: Index) -> int:
     """Count the rules of a load balancer's listeners, their default rules included."""
-    mine = {
-        (listener.scope.stack.name, listener.id)
-        for listener in index.of("AWS::ElasticLoadBalancingV2::Listener")
-        if index.at(property_of(listener, "LoadBalancerArn"), meter.resource.type) is meter.resource
-    }
+    mine = {(listener.scope.stack.name, listener.id) for listener in _listeners(meter, index)}
     pointers = (property_of(rule, "ListenerArn") for rule in index.of("AWS::ElasticLoadBalancingV2::ListenerRule"))
     return len(mine) + sum((getattr(p, "stack", ""), getattr(p, "resource", "")) in mine for p in pointers)
 
@@ -88,6 +112,8 @@ def nat_gateway(meter: Meter, index: Index) -> None:
     """Price a NAT gateway: hours and data."""
     meter.hourly("NAT gateway", "nat_gateway.hour", Decimal(1))
     meter.used("data through it", "nat_gateway.data", lambda u: u["processed_gb"], "processed_gb")
+    if meter.ask("internet_gb"):
+        meter.used("data out to the internet", "egress.internet", lambda u: u["internet_gb"], "internet_gb")
 
 
 def address(meter: Meter, index: Index) -> None:
@@ -175,8 +201,10 @@ def http_api(meter: Meter, index: Index) -> None:
     """Price an HTTP or WebSocket API; an HTTP API counts a request for each 512 KB begun."""
     kind = meter.properties.text("ProtocolType", "HTTP")
     if kind != "HTTP":
-        return meter.used("messages", "apigw.ws.messages", lambda u: u["messages"] * begun(u["payload_kb"], 32),
-                          "messages", "payload_kb")  # fmt: skip
+        meter.used("messages", "apigw.ws.messages", lambda u: u["messages"] * begun(u["payload_kb"], 32),
+                   "messages", "payload_kb")  # fmt: skip
+        return meter.used("connections, minutes", "apigw.ws.connection", lambda u: u["connection_minutes"],
+                          "connection_minutes")  # fmt: skip
     meter.used(
         "requests", "apigw.http.requests",
         lambda u: requests(u["requests_per_second"], meter.hours) * begun(u["request_kb"] + u["response_kb"], 512),
@@ -192,6 +220,14 @@ def rest_api(meter: Meter, index: Index) -> None:
         "requests_per_second",
     )  # fmt: skip
     _egress(meter)
+
+
+def rest_stage(meter: Meter, index: Index) -> None:
+    """Price the cache of a REST API's stage; without one a stage is free."""
+    if not meter.properties.flag("CacheClusterEnabled"):
+        return meter.free("a stage without a cache costs nothing")
+    size = meter.properties.text("CacheClusterSize", "0.5")
+    return meter.hourly(f"cache of {size} GB", f"apigw.cache.{size}", Decimal(1))
 
 
 def begun(kilobytes: Decimal, size: int) -> Decimal:
@@ -214,4 +250,5 @@ PRICED: dict[str, Pricer] = {
     "AWS::WAFv2::RuleGroup": rule_group,
     "AWS::ApiGatewayV2::Api": http_api,
     "AWS::ApiGateway::RestApi": rest_api,
+    "AWS::ApiGateway::Stage": rest_stage,
 }

@@ -35,20 +35,25 @@ font-variant-numeric:tabular-nums;min-width:100%}caption{text-align:left;color:v
 th,td{text-align:left;vertical-align:top;padding:.35rem .75rem .35rem 0;border-bottom:1px solid var(--rule)}
 thead th{color:var(--muted);font-weight:400;vertical-align:bottom;white-space:normal!important}tbody th{font-weight:400}
 td{min-width:5.5rem}.n{text-align:right;white-space:nowrap;min-width:0}.w{min-width:11rem;overflow-wrap:anywhere}.unknown{color:var(--two)}
+.crossed{border-left:3px solid var(--two);padding-left:.75rem}pre .new{color:var(--one)}pre .gone{color:var(--two)}
+pre .changed{color:var(--three)}
 details summary{cursor:pointer;margin:.75rem 0}pre{overflow-x:auto;font-size:.85rem;line-height:1.4}
 @media print{:root{color-scheme:light;--paper:#fff;--ink:#000;--muted:#444;--rule:#ccc}body{font-size:10pt}
 main{max-width:none;padding:0}.table{overflow:visible}tr{break-inside:avoid}table{font-size:7.5pt}}
 """
 
 
-def report_page(report: Report) -> str:
+MOST_BARS = 30
+
+
+def report_page(report: Report, crossed: Sequence[str] = ()) -> str:
     """Return a report as a page with plots by stack, target and scenario, and every line with its grounds."""
     currencies = sorted(report.total())
     figures = [figure for currency in currencies for figure in _figures(report, currency)]
     told, free = worth_telling(report), [line for line in report.lines if line.status == "free"]
     unknown = [line for line in report.lines if line.status == "unknown"]
     sections = [
-        f"<p>{_e(coverage(report))}</p>",
+        *rails(crossed), f"<p>{_e(coverage(report))}</p>",
         table("Sums a month, largest first", ("", *SCENARIOS), summary(report), numbers=(1, 2, 3)),
         f'<div class="grid">{"".join(figures)}</div>',
         "<h2>Unknown</h2>" if unknown else "",
@@ -61,10 +66,27 @@ def report_page(report: Report) -> str:
     return page("Cost a month", conditions(report), sections)
 
 
-def difference_page(change: Difference) -> str:
-    """Return a difference as a page."""
-    text = html.escape("\n".join(difference_lines(change)))
-    return page("Change of cost", conditions(change.new), [f"<pre>{text}</pre>"])
+def difference_page(change: Difference, crossed: Sequence[str] = ()) -> str:
+    """Return a difference as a page: what each stage's sum changes by, and the tree of what is new, gone and changed."""
+    marks = {"+": "new", "-": "gone", "~": "changed"}
+    told = "\n".join(
+        f'<span class="{marks[text.lstrip()[:1]]}">{_e(text)}</span>'
+        if text.startswith(" ") and text.lstrip()[:1] in marks
+        else _e(text)
+        for text in difference_lines(change)
+    )
+    rows = [
+        (name or "(no stage)", *(money(value, currency, signed=True) for value in sums))
+        for name, by_currency in change.by_environment().items()
+        for currency, sums in by_currency.items()
+    ]
+    sums = table("What each stage changes by a month", ("", *SCENARIOS), rows, numbers=(1, 2, 3))
+    return page("Change of cost", conditions(change.new), [*rails(crossed), sums, f"<pre>{told}</pre>"])
+
+
+def rails(crossed: Sequence[str]) -> list[str]:
+    """Return the guardrails that are crossed, as paragraphs."""
+    return [f'<p class="crossed"><strong>Guardrail crossed</strong> {_e(text)}</p>' for text in crossed]
 
 
 def page(title: str, lead: str, sections: Sequence[str]) -> str:
@@ -134,21 +156,21 @@ def _figures(report: Report, currency: str) -> list[str]:
         Bar(name, float(whole[k]), float(whole[k]), float(whole[k]), money(whole[k], currency))
         for k, name in enumerate(SCENARIOS)
     ]
-    million = report.million()
+    million, by_stack = report.million(), rows(report.by(lambda line: line.stack))
     return [
         figure(
             f"By stack, {currency} a month",
-            svg.bars("cost by stack", rows(report.by(lambda line: line.stack))[:15]),
-            spans,
+            svg.bars("cost by stack", by_stack[:MOST_BARS]),
+            spans if len(by_stack) <= MOST_BARS else f"{spans} These are the largest {MOST_BARS} of {len(by_stack)}.",
         ),
         figure(
             f"By target, {currency} a month",
-            svg.bars("cost by target", rows(report.by(lambda line: line.part))[:15]),
-            spans,
+            svg.bars("cost by target", rows(report.by(lambda line: line.part))[:MOST_BARS]),
+            f"A target is what a stack is called within its stage; all stages together. {spans}",
         ),
         figure(f"By scenario, {currency} a month", svg.bars("cost by scenario", scenarios), "All stacks together."),
         figure(
-            f"A million predictions, {currency}",
+            f"A million predictions by target, {currency}",
             svg.bars("cost of a million predictions by stack", _rising(million, currency)),
             "Each stack's cost a month over the predictions that usage gives it; the most load is often the least cost.",
         ),

@@ -1,12 +1,13 @@
 """The same load on the GPU endpoint, on the private cluster and on devices, with the network that each needs."""
 
+import json
 import math
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Decimal
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
@@ -30,10 +31,11 @@ LOWEST, HIGHEST, STEPS = -1, 4, 24
 
 
 class Measured(Settings):
-    """Say what one instance, task or device takes, and who measured it."""
+    """Say what one instance, task or device takes, and who measured it; with `cores` what so many processor cores take."""
 
     requests_per_second: Annotated[float, Field(gt=0)]
     measured: Annotated[str, Field(min_length=1)]
+    cores: Annotated[float, Field(gt=0)] | None = None
 
 
 class Throughput(Settings):
@@ -68,6 +70,15 @@ class Place:
     assumed: bool
     month: Callable[[Decimal, Decimal], Decimal]
 
+    @property
+    def told(self) -> str:
+        """Return what a unit takes, and how that is known."""
+        takes = f"{self.unit_rate:,.0f}" if self.unit_rate >= 100 else f"{self.unit_rate:.3g}"
+        return (
+            f"{self.name}: one {self.unit} takes {takes} requests a second ({self.grounds}); "
+            f"at least {self.least}, each given 60 % of that"
+        )
+
     def units(self, rate: Decimal) -> Decimal:
         """Return how many units a load wants, at 60 % of what each takes."""
         return max(Decimal(self.least), (rate / (self.unit_rate * BUSY)).to_integral_value(ROUND_CEILING))
@@ -91,30 +102,46 @@ class Crossing:
 
 
 def load_throughput(path: Path) -> Throughput:
-    """Read a file of measured throughput.
+    """Read a file of measured throughput: TOML, or the bench.json that `shipyard bench` writes of a bundle on one core.
 
     Raises:
-        ShipyardError: it is missing, no TOML, or has an unknown key.
+        ShipyardError: it is missing, neither of these, or has an unknown key.
     """
     try:
-        return Throughput.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as fault:
+        text = path.read_text(encoding="utf-8")
+        if text.lstrip().startswith("{"):
+            return _benched(json.loads(text))
+        return Throughput.model_validate(tomllib.loads(text))
+    except (OSError, ValueError, KeyError, TypeError) as fault:
+        if isinstance(fault, ValidationError):
+            raise explain(fault, Throughput, str(path)) from None
         raise ShipyardError(f"{path}: not a file of throughput: {fault}", mend="see docs/cost.md") from None
-    except ValidationError as fault:
-        raise explain(fault, Throughput, str(path)) from None
+
+
+def _benched(record: Mapping[str, Any]) -> Throughput:
+    ours = record["servers"]["shipyard"]
+    told = f"shipyard bench of the bundle {record['bundle'][:12]}, its server on one core of {record['processor']}"
+    return Throughput(cpu=Measured(requests_per_second=ours["capacity"]["throughput"], measured=told, cores=1))
 
 
 def places(
-    book: Book, env: Environment, load: Load, *, release: Release, submodel: str, measured: Throughput
+    book: Book,
+    env: Environment,
+    load: Load,
+    *,
+    release: Release,
+    submodel: str,
+    measured: Throughput,
+    largest: Mapping[str, float],
 ) -> list[Place]:
-    """Return the three places for a sub-model, sized as an environment of fleet.toml has them.
+    """Return the three places for a sub-model, sized as an environment of fleet.toml has them; `largest` in MB by target.
 
     Raises:
         ShipyardError: the release has no such sub-model, or a price that is needed is in no book.
     """
     if submodel not in release.submodels:
         raise ShipyardError("--submodel: not in the release", value=submodel, allowed=", ".join(release.submodels))
-    latency = {form.precision: form.latency_ms for form in release.submodels[submodel].formats}
+    forms = {form.precision: form for form in release.submodels[submodel].formats}
     zones, gigabytes = len(env.zones), (load.request_kb + load.response_kb) * 3600 * HOURS / KB_PER_GB
 
     def price(sku: str, quantity: Decimal) -> Decimal:
@@ -157,13 +184,21 @@ def places(
     def place(
         name: str, target: str, unit: str, least: int, cores: Decimal, month: Callable[[Decimal, Decimal], Decimal]
     ) -> Place:
+        form = next(forms[name] for name in (*FORMS[target], *forms) if name in forms)
+        size = form.bytes / 1e6
+        over = (
+            f"; its {form.precision} graph of {size:.1f} MB is over the {largest[target]:g} MB of [target.{target}]: not "
+            "deployed there as it is"
+            if size > largest[target]
+            else ""
+        )
         given: Measured | None = getattr(measured, target)
         if given is not None:
-            rate = Decimal(str(given.requests_per_second))
-            return Place(name, unit, least, rate, f"measured: {given.measured}", False, month)
-        form = next(form for form in (*FORMS[target], *latency) if form in latency)
-        core = Decimal(1000) / Decimal(str(latency[form]))
-        told = f"{latency[form]:g} ms a request of the {form} graph on one core of the machine that made the release"
+            rate = Decimal(str(given.requests_per_second)) * (cores / Decimal(str(given.cores)) if given.cores else 1)
+            scaled = f", times {cores / Decimal(str(given.cores)):f} for its cores" if given.cores else ""
+            return Place(name, unit, least, rate, f"measured: {given.measured}{scaled}{over}", False, month)
+        core = Decimal(1000) / Decimal(str(form.latency_ms))
+        told = f"{form.latency_ms:g} ms a request of the {form.precision} graph on one core of the machine that made it"
         if target == "gpu":
             rate, told = core * ASSUMED_SPEEDUP, f"assumed, not measured: {ASSUMED_SPEEDUP} times one core; {told}"
         else:
@@ -174,7 +209,7 @@ def places(
                 if target == "cpu"
                 else f", the device taken as equal and as {load.device_cost:f} a month"
             )
-        return Place(name, unit, least, rate, told, target == "gpu", month)
+        return Place(name, unit, least, rate, told + over, target == "gpu", month)
 
     return [
         place("GPU endpoint", "gpu", f"instance {env.gpu.instance_type}", env.gpu.instances, Decimal(1), gpu),

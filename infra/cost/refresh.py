@@ -79,16 +79,25 @@ class Found:
 
     @property
     def change(self) -> Decimal:
-        """Return by what part the price changes, the most of its tiers; 0 for a new one."""
-        pairs = zip(self.old, self.new, strict=False)
-        return max(
-            (abs(new.price / old.price - 1) if old.price else Decimal(1) for old, new in pairs), default=Decimal(0)
-        )
+        """Return by what part the price or the start of a tier changes, the most of its tiers; 0 for a new one."""
+        pairs = [
+            pair
+            for old, new in zip(self.old, self.new, strict=False)
+            for pair in ((old.price, new.price), (old.tier_from, new.tier_from))
+        ]
+        return max((_part(old, new) for old, new in pairs), default=Decimal(0))
 
     @property
     def held(self) -> bool:
-        """Return whether the change is too large to be taken unseen; so is another number of tiers."""
-        return bool(self.old) and (self.change > HELD_BACK or len(self.old) != len(self.new))
+        """Return whether the change is too large to be taken unseen; so is another number of tiers, or currency."""
+        if not self.old:
+            return False
+        other = len(self.old) != len(self.new) or self.old[0].currency != self.new[0].currency
+        return other or self.change > HELD_BACK
+
+
+def _part(old: Decimal, new: Decimal) -> Decimal:
+    return abs(new / old - 1) if old else Decimal(old != new)
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,7 @@ class Outcome:
         for found in self.found:
             new = found.new[0]
             name = f"{new.sku} {new.region}"
-            texts = [", ".join(f"{tier.price.normalize():f}" for tier in side) for side in (found.old, found.new)]
+            texts = [", ".join(map(_told, side)) for side in (found.old, found.new)]
             if not found.old:
                 lines.append(f"new        {name}: {texts[1]} {new.currency}")
             elif texts[0] != texts[1]:
@@ -123,6 +132,10 @@ class Outcome:
         held_back = sum(found.held for found in self.found) if not confirmed else 0
         more = f", {held_back} held back: look at them, then --confirm" if held_back else ""
         return [*lines, f"{len(self.found)} prices read, {len(self.problems)} not found{more}"]
+
+
+def _told(tier: Price) -> str:
+    return f"{tier.price.normalize():f}" + (f" from {tier.tier_from.normalize():f}" if tier.tier_from else "")
 
 
 def query(sku: str) -> Query | None:

@@ -10,6 +10,7 @@ from infra.cost import compute, containers, devices, endpoints, networking, stor
 from infra.cost.assembly import Stack
 from infra.cost.free import reason
 from infra.cost.lines import Line, Meter, NotStatic, Resource
+from infra.cost.loops import HARMLESS, transforms
 from infra.cost.prices import Book, charge
 from infra.cost.resolve import Exports, Scope, Unknown
 from infra.cost.scaling import Index, Pricer
@@ -23,6 +24,9 @@ PRICED: dict[str, Pricer] = {
     **stored.PRICED,
     **devices.PRICED,
 }
+
+TRANSFORM = "(transform)"
+NESTED = "AWS::CloudFormation::Stack"
 
 NOTHING: Three = (Decimal(0), Decimal(0), Decimal(0))
 
@@ -88,9 +92,9 @@ class Report:
 
     @property
     def resources(self) -> dict[str, int]:
-        """Count resources: priced, by usage that is not given, free, unknown."""
+        """Count resources: free, priced, but for usage that is not given, and those of which something is unknown."""
         found: dict[tuple[str, str], str] = {}
-        order = ("free", "usage", "priced", "unknown")
+        order = ("free", "priced", "usage", "unknown")
         for line in self.lines:
             what = {"fixed": "priced", "free": "free", "unknown": "unknown"}.get(
                 line.status, "usage" if line.amount is None else "priced"
@@ -127,6 +131,9 @@ def price(stacks: Sequence[Stack], book: Book, usage: Usage, source: str = "") -
     for stack in stacks:
         Scope(stack, exports)
     for scope in exports.scopes:
+        for name in transforms(scope.template):
+            if name not in HARMLESS:
+                resources[scope.stack.name, name] = Resource(scope, name, TRANSFORM, name, {})
         for name, raw in scope.resources.items():
             resource = _resource(scope, str(name), raw)
             resources[scope.stack.name, resource.id] = resource
@@ -156,15 +163,20 @@ def _resource(scope: Scope, name: str, raw: object) -> Resource:
 
 def _meter(meter: Meter, index: Index) -> None:
     resource = meter.resource
-    condition = resource.raw.get("Condition")
-    made = resource.scope.condition(condition) if isinstance(condition, str) else True
+    made = resource.scope.made(resource.raw)
     pricer, free = PRICED.get(resource.type), reason(resource.type)
     if made is False:
-        meter.free(f"its condition {condition} does not hold, so it is not made")
+        meter.free(f"its condition {resource.raw.get('Condition')} does not hold, so it is not made")
     elif isinstance(made, Unknown):
         meter.unknown("all of it", f"whether it is made is not known: {made.reason}")
     elif isinstance(resource.properties, Unknown):
         meter.unknown("all of it", resource.properties.reason)
+    elif resource.type == TRANSFORM:
+        meter.unknown("what it makes of the template", f"the transform {resource.id} runs when it is deployed")
+    elif resource.type == NESTED and resource.id not in resource.scope.children:
+        meter.unknown("its resources", "its template is not among those read: the CDK puts it beside its parent")
+    elif resource.id.startswith("Fn::"):
+        meter.unknown("all of it", f"{resource.id} is not static: what it makes is known when it is deployed")
     elif free is not None:
         meter.free(free)
     elif pricer is None:

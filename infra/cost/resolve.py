@@ -2,11 +2,12 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from infra.cost.assembly import Stack
+from infra.cost.loops import LANGUAGE, Loops, transforms
 from models.release import ShipyardError
 
 DEEPEST = 60
@@ -58,7 +59,7 @@ class Exports:
         if self._found is None:
             self._found = {}
             for other in self.scopes:
-                outputs = other.stack.template.get("Outputs")
+                outputs = other.template.get("Outputs")
                 for output in outputs.values() if isinstance(outputs, dict) else ():
                     export = output.get("Export") if isinstance(output, dict) else None
                     called = other.value(export.get("Name")) if isinstance(export, dict) else None
@@ -72,20 +73,38 @@ class Exports:
 class Scope:
     """Resolve values within one stack."""
 
-    def __init__(self, stack: Stack, exports: Exports) -> None:
-        self.stack = stack
-        self.exports = exports
+    def __init__(self, stack: Stack, exports: Exports, parent: "Scope | None" = None, named: str = "") -> None:
+        self.stack, self.exports, self.parent, self._named = stack, exports, parent, named
         exports.scopes.append(self)
         self._depth = self._count = 0
         self._conditions: dict[str, bool | Unknown | None] = {}
-        self.resources = stack.template["Resources"]
+        self._handed: Mapping[str, Any] | Unknown | None = None if parent else stack.parameters
         self._pseudo = _pseudo(stack)
         self.children: dict[str, Scope] = {}
+        self.template = stack.template
+        self.resources = self.template["Resources"]
+        if LANGUAGE in transforms(self.template):
+            self.template = Loops(self.value).unroll(self.template)
+            self.resources = self.template["Resources"]
         for name, child in stack.nested.items():
-            given = self.value(self.resources[name].get("Properties") or {})
-            handed = given.get("Parameters") if isinstance(given, dict) else None
-            parameters = handed if isinstance(handed, dict) else {}
-            self.children[name] = Scope(replace(child, parameters=parameters), exports)
+            if self.made(self.resources[name]) is not False:
+                self.children[name] = Scope(child, exports, self, name)
+
+    def made(self, resource: Mapping[str, Any]) -> bool | Unknown:
+        """Return whether the condition of a resource holds, and that of the nested stack in which it is."""
+        outer = self.parent.made(self.parent.resources[self._named]) if self.parent else True
+        name = resource.get("Condition")
+        return self.condition(name) if outer is True and isinstance(name, str) else outer
+
+    @property
+    def parameters(self) -> Mapping[str, Any] | Unknown:
+        """Return what the template is given: by the caller, or by the stack that nests it."""
+        if self._handed is None and self.parent:
+            self._handed = Unknown("parameters that are handed on in a circle")  # while they are being resolved
+            given = self.parent.value(self.parent.resources[self._named].get("Properties") or {})
+            handed = given.get("Parameters", {}) if isinstance(given, dict) else given
+            self._handed = handed if isinstance(handed, dict | Unknown) else {}
+        return self._handed or {}
 
     def value(self, node: Any) -> Any:
         """Return a value with its intrinsic functions resolved; a part that is not static is an Unknown.
@@ -126,11 +145,13 @@ class Scope:
             return function(self, argument)
         except (TypeError, ValueError, IndexError, KeyError, AttributeError):
             return Unknown(f"{name} is malformed")
+        except RecursionError:  # a long chain of stacks that import from each other
+            return Unknown(f"{name} leads through too many stacks")
 
     def condition(self, name: str) -> bool | Unknown:
         """Return whether a condition of the template holds."""
         if name not in self._conditions:
-            conditions = self.stack.template.get("Conditions")
+            conditions = self.template.get("Conditions")
             if not isinstance(conditions, dict) or name not in conditions:
                 return Unknown(f"there is no condition {name}")
             self._conditions[name] = None  # being evaluated
@@ -146,20 +167,22 @@ class Scope:
 
     def ref(self, name: str) -> Any:
         """Return what Ref gives: a pseudo parameter, a parameter's value, or a pointer to a resource."""
-        stack = self.stack
         if name in self._pseudo:
             return self._pseudo[name]
-        parameters = stack.template.get("Parameters")
+        parameters = self.template.get("Parameters")
         if isinstance(parameters, dict) and name in parameters:
             return self._parameter(name, parameters[name])
         if name in self.resources:
-            return Pointer(stack.name, name)
+            return Pointer(self.stack.name, name)
         return Unknown(f"Ref to {name}, which the template does not have")
 
     def _parameter(self, name: str, declared: Any) -> Any:
         kind = str(declared.get("Type", "String")) if isinstance(declared, dict) else "String"
-        if name in self.stack.parameters:
-            found = self.stack.parameters[name]
+        handed = self.parameters
+        if isinstance(handed, Unknown):
+            return handed
+        if name in handed:
+            found = handed[name]
         elif kind.startswith("AWS::SSM::"):
             return Unknown(f"parameter {name} is read from SSM when it is deployed; give it by --parameter")
         elif not isinstance(declared, dict) or "Default" not in declared:
@@ -180,7 +203,7 @@ class Scope:
             return Unknown(f"an attribute of {name} that is not static")
         if name in self.children and attribute.startswith("Outputs."):
             child = self.children[name]
-            outputs = child.stack.template.get("Outputs", {})
+            outputs = child.template.get("Outputs", {})
             return child.value(outputs[attribute.removeprefix("Outputs.")]["Value"])
         return Pointer(self.stack.name, name, attribute)
 
@@ -237,7 +260,7 @@ class Scope:
         unknown = next((found for found in (name, first, second) if isinstance(found, Unknown)), None)
         if unknown:
             return unknown
-        table: Any = self.stack.template.get("Mappings")
+        table: Any = self.template.get("Mappings")
         for key in (name, first, second):
             if not isinstance(table, dict) or str(key) not in table:
                 more = argument[3] if len(argument) > 3 else {}

@@ -16,7 +16,18 @@ Pricer = Callable[[Meter, "Index"], None]
 WEEK = 7 * 24
 _DAYS = {"SUN": 6, "MON": 0, "TUE": 1, "WED": 2, "THU": 3, "FRI": 4, "SAT": 5}
 # numbers of cron on AWS begin with Sunday as 1
+_UNIX = ("SUN", "MON", "TUE", "WED", "THU", "FRI", "SAT")
 _NUMBERS = {"1": 6, "2": 0, "3": 1, "4": 2, "5": 3, "6": 4, "7": 5}
+
+
+NAMED = {
+    "AWS::ECS::Service": "ServiceName",
+    "AWS::SageMaker::Endpoint": "EndpointName",
+    "AWS::SageMaker::InferenceComponent": "InferenceComponentName",
+    "AWS::DynamoDB::Table": "TableName",
+    "AWS::Lambda::Function": "FunctionName",
+}
+"""The property by which an autoscaling target may name what it scales."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +45,13 @@ class Index:
         """Return every resource of a type."""
         return (resource for resource in self.resources.values() if resource.type == kind)
 
-    def scaler(self, resource: Resource, dimension: str, variant: str = "") -> Resource | None:
-        """Return the autoscaling target of a service, or of a variant of an endpoint."""
+    def scaler(self, resource: Resource, dimension: str, tail: str = "") -> Resource | None:
+        """Return the autoscaling target of a resource; with `tail` of a part, as `/variant/a` of an endpoint."""
         for target in self.of("AWS::ApplicationAutoScaling::ScalableTarget"):
             if str(property_of(target, "ScalableDimension")) != dimension:
                 continue
             scaled = str(property_of(target, "ResourceId"))
-            if variant and not scaled.endswith(f"/variant/{variant}"):
+            if tail and not scaled.endswith(tail):
                 continue
             if self._names(scaled, resource):
                 return target
@@ -57,7 +68,7 @@ class Index:
         last = [match.groups() for match in POINTER.finditer(text) if self._is_unit(match[1], match[2])]
         if last:
             return (last[-1][0], last[-1][1]) == place
-        named = {"AWS::ECS::Service": "ServiceName", "AWS::SageMaker::Endpoint": "EndpointName"}.get(resource.type)
+        named = NAMED.get(resource.type)
         name = property_of(resource, named) if named else None
         return isinstance(name, str) and name in text.split("/")
 
@@ -86,42 +97,84 @@ def capacity(meter: Meter, initial: Decimal, target: Resource | None, of: View) 
     properties = View(target.properties, f"{target.id}.")
     low, high = _week(properties)
     of.reads.update(properties.reads)
+    return within(meter, low, high, "autoscaling")
+
+
+def within(meter: Meter, low: list[Decimal], high: list[Decimal], what: str) -> tuple[Three, str]:
+    """Return the mean count of what runs between a minimum and a maximum of each hour of a week, with a note on it."""
     rate, unit = meter.ask("requests_per_second"), meter.ask("unit_requests_per_second")
     if rate is None or unit is None:
-        least, most = _mean(low), _mean(high)
-        return (least, least, most), (
-            "minimum, minimum and maximum of its autoscaling; "
+        return bounds(low, high), (
+            f"minimum, minimum and maximum of its {what}; "
             "requests_per_second and unit_requests_per_second would tell more"
         )
     found = []
     for day, per in zip(rate[0], unit[0], strict=True):
         wanted = [(one / per).to_integral_value(ROUND_CEILING) for one in day]
-        found.append(_mean([min(max(wanted[k % 24], low[k]), high[k]) for k in range(WEEK)]))
-    return (found[0], found[1], found[2]), "what the load of each hour wants, within the bounds of its autoscaling"
+        found.append(mean([min(max(wanted[k % 24], low[k]), high[k]) for k in range(WEEK)]))
+    return (found[0], found[1], found[2]), f"what the load of each hour wants, within the bounds of its {what}"
 
 
-def _mean(values: list[Decimal]) -> Decimal:
+def bounds(low: list[Decimal], high: list[Decimal]) -> Three:
+    """Return the means of a minimum, of the same as what is expected, and of a maximum."""
+    least, most = mean(low), mean(high)
+    return least, least, most
+
+
+def limits(target: Resource | None, initial: Decimal, of: View) -> Three:
+    """Return the mean of what a target of autoscaling allows, and expects to be its minimum; the initial count without.
+
+    Raises:
+        NotStatic: minimum, maximum or a schedule is not static or not understood.
+    """
+    if target is None:
+        return initial, initial, initial
+    properties = View(target.properties, f"{target.id}.")
+    found = bounds(*_week(properties))
+    of.reads.update(properties.reads)
+    return found
+
+
+def mean(values: list[Decimal]) -> Decimal:
+    """Return the mean over the hours of a week."""
     return sum(values, Decimal(0)) / len(values)
 
 
 def _week(target: View) -> tuple[list[Decimal], list[Decimal]]:
     """Return minimum and maximum for each hour of a week, as schedules set them."""
     least, most = target.number("MinCapacity"), target.number("MaxCapacity")
-    changes: dict[int, tuple[Decimal | None, Decimal | None]] = {}
-    for action in target.items("ScheduledActions"):
-        bounds = action.view("ScalableTargetAction")
-        new = tuple(bounds.number(n) if bounds.get(n) is not None else None for n in ("MinCapacity", "MaxCapacity"))
-        for hour in _hours(action.text("Schedule")):
-            before = changes.get(hour, (None, None))
-            changes[hour] = (new[0] if new[0] is not None else before[0], new[1] if new[1] is not None else before[1])
+    actions = [(action, action.view("ScalableTargetAction")) for action in target.items("ScheduledActions")]
+    series = [
+        week(
+            start, [(action.text("Schedule"), new.number(name)) for action, new in actions if new.get(name) is not None]
+        )
+        for name, start in (("MinCapacity", least), ("MaxCapacity", most))
+    ]
+    for action, _ in actions:
         target.reads.update(action.reads)
-    low, high = [least] * WEEK, [most] * WEEK
+    return series[0], [max(pair) for pair in zip(*series, strict=True)]
+
+
+def week(start: Decimal, changes: Iterable[tuple[str, Decimal]]) -> list[Decimal]:
+    """Return a number for each hour of a week that schedules change.
+
+    Raises:
+        NotStatic: a schedule is not understood.
+    """
+    at = {hour: new for schedule, new in changes for hour in _hours(schedule)}
+    now, found = start, [start] * WEEK
     # twice around: what the last change of a week sets holds when the next begins
-    for hour in range(2 * WEEK if changes else 0):
-        new_least, new_most = changes.get(hour % WEEK, (None, None))
-        least, most = (least if new_least is None else new_least), (most if new_most is None else new_most)
-        low[hour % WEEK], high[hour % WEEK] = least, max(least, most)
-    return low, high
+    for hour in range(2 * WEEK if at else 0):
+        now = at.get(hour % WEEK, now)
+        found[hour % WEEK] = now
+    return found
+
+
+def recurrence(text: str) -> str:
+    """Return a schedule of EC2 Auto Scaling, which is cron of Unix with Sunday as 0 or 7, in the form of the others."""
+    minute, hour, day, month, weekday = (*text.split(), "", "", "", "", "")[:5]
+    named = re.sub(r"\d", lambda found: _UNIX[int(found[0]) % 7] if int(found[0]) < 8 else found[0], weekday)
+    return f"cron({minute} {hour} {day} {month} {named} *)"
 
 
 def _hours(schedule: str) -> list[int]:

@@ -5,25 +5,36 @@ from decimal import Decimal
 from infra.cost.lines import Meter
 from infra.cost.networking import begun
 from infra.cost.resolve import Unknown
-from infra.cost.scaling import Index, Pricer
+from infra.cost.scaling import Index, Pricer, limits
 from infra.cost.usage import HOURS, KB_PER_GB
 
 ONE = Decimal(1)
 
 
 def bucket(meter: Meter, index: Index) -> None:
-    """Price a bucket in the class Standard: storage with its growth, requests."""
-    _stored(meter, "storage, class Standard", "s3.standard.storage")
+    """Price a bucket in the class Standard: storage with its growth, requests, what leaves it.
+
+    How much of it a lifecycle rule has moved to a cheaper class is not known: the price is then the most that it costs.
+    """
+    rules = meter.properties.view("LifecycleConfiguration").items("Rules")
+    moves = ("Transition", "Transitions", "NoncurrentVersionTransition", "NoncurrentVersionTransitions")
+    moved = any(rule.get(name) for rule in rules for name in moves)
+    _stored(meter, "storage, class Standard", "s3.standard.storage",
+            note="at most: its lifecycle moves objects to cheaper classes" if moved else "")  # fmt: skip
     meter.used("writes and listings", "s3.standard.tier1_put", lambda u: u["put_requests"], "put_requests")
     meter.used("reads", "s3.standard.tier2_get", lambda u: u["get_requests"], "get_requests")
     if meter.ask("internet_gb"):
         meter.used("data out to the internet", "egress.internet", lambda u: u["internet_gb"], "internet_gb")
+    if meter.ask("inter_region_gb"):
+        meter.used(
+            "data out to another region", "inter_region.default", lambda u: u["inter_region_gb"], "inter_region_gb"
+        )
 
 
-def _stored(meter: Meter, item: str, sku: str) -> None:
+def _stored(meter: Meter, item: str, sku: str, note: str = "") -> None:
     meter.used(
         item, sku, lambda u: (u["storage_gb"] + u["storage_growth_gb"] * u["months"]) * meter.hours / HOURS,
-        "storage_gb", "storage_growth_gb", "months",
+        "storage_gb", "storage_growth_gb", "months", note=note,
     )  # fmt: skip
 
 
@@ -125,12 +136,14 @@ def table(meter: Meter, index: Index) -> None:
         meter.used("write units", "dynamodb.ondemand.wru", lambda u: u["writes"], "writes")
         meter.used("read units", "dynamodb.ondemand.rru", lambda u: u["reads"], "reads")
     else:
-        if any(index.scaler(meter.resource, f"dynamodb:table:{side}CapacityUnits") for side in ("Read", "Write")):
-            return meter.unknown("capacity", "the autoscaling of tables is not followed")
         for node in (view, *view.items("GlobalSecondaryIndexes")):
             units = node.view("ProvisionedThroughput")
-            meter.hourly("write capacity", "dynamodb.wcu", units.number("WriteCapacityUnits"), of=units)
-            meter.hourly("read capacity", "dynamodb.rcu", units.number("ReadCapacityUnits"), of=units)
+            name = "" if node is view else node.text("IndexName")
+            for side, sku in (("Write", "dynamodb.wcu"), ("Read", "dynamodb.rcu")):
+                dimension = f"dynamodb:{'index' if name else 'table'}:{side}CapacityUnits"
+                scaler = index.scaler(meter.resource, dimension, f"/index/{name}" if name else "")
+                count = limits(scaler, units.number(f"{side}CapacityUnits"), units)
+                meter.hourly(f"{side.lower()} capacity{f' of {name}' if name else ''}", sku, count, of=units)
     _stored(meter, "storage", "dynamodb.storage")
     recovery = view.view("PointInTimeRecoverySpecification")
     if str(recovery.get("PointInTimeRecoveryEnabled", False)).lower() == "true":
@@ -140,10 +153,13 @@ def table(meter: Meter, index: Index) -> None:
 
 def topic(meter: Meter, index: Index) -> None:
     """Price a topic: publishes, one for each 64 KB begun."""
+    if meter.properties.flag("FifoTopic"):
+        return meter.unknown("publishes", "the price book has none for topics that keep the order")
     meter.used(
         "publishes, by 64 KB", "sns.publish", lambda u: u["messages"] * begun(u["payload_kb"], 64),
         "messages", "payload_kb",
     )  # fmt: skip
+    return None
 
 
 def subscription(meter: Meter, index: Index) -> None:

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from infra.cost.difference import Change, Difference
 from infra.cost.lines import Line
@@ -34,11 +34,13 @@ def coverage(report: Report) -> str:
     """Return in a sentence what share of the templates is priced."""
     found = report.resources
     count = sum(found.values())
-    known = count - found["unknown"]
-    share = f"{known / count:.1%}" if count else NONE
+    whole, part = (
+        f"{share / count:.1%}" if count else NONE for share in (found["free"] + found["priced"], found["usage"])
+    )
     return (
-        f"{count} resources: {found['priced']} priced, {found['usage']} wait for usage keys, {found['free']} free, "
-        f"{found['unknown']} unknown; {share} of the templates is priced. Unknown is never counted as 0."
+        f"{count} resources: {found['free']} free, {found['priced']} priced, {found['usage']} priced but for usage keys "
+        f"that are not given, {found['unknown']} unknown; {whole} of the templates is priced, {part} in part. "
+        "Unknown is never counted as 0."
     )
 
 
@@ -66,27 +68,27 @@ def print_report(report: Report, *, every: bool, console: Console) -> None:
     for line in report.lines if every else worth_telling(report):
         if line.stack != stack:
             stack = line.stack
-            table.add_row(escape(f"\n{stack}"), style="bold")
+            table.add_row(Text(f"\n{stack}"), style="bold")
         costs = (amount(line, k) for k in range(3))
         cells = (line.path.removeprefix(f"{stack}/"), line.item, quantity(line), unit_price(line), *costs)
-        table.add_row(*map(escape, cells))
+        table.add_row(*map(Text, cells))
         if every or line.status == "unknown":
             for told in filter(None, (because(line), evidence(line))):
-                table.add_row("", escape(f"  {told}"), style="dim")
+                table.add_row("", Text(f"  {told}"), style="dim")
     console.print(table)
     sums = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("a month", *SCENARIOS):
         sums.add_column(name, justify="right" if name in SCENARIOS else "left")
     for row in summary(report):
-        sums.add_row(*map(escape, row), style="bold" if row[0].startswith("all,") else "")
+        sums.add_row(*map(Text, row), style="bold" if row[0].startswith("all,") else "")
     console.print()
     console.print(sums)
     for text in ("", coverage(report), conditions(report)):
         console.print(text, markup=False, highlight=False)
 
 
-def report_markdown(report: Report) -> str:
-    """Return a report as Markdown, with every line behind a fold."""
+def report_markdown(report: Report, crossed: Sequence[str] = ()) -> str:
+    """Return a report as Markdown, with the guardrails that it crosses, and every line behind a fold."""
     rows = [
         (f"{line.stack}: {line.path.removeprefix(line.stack + '/')}", line.item, quantity(line), unit_price(line),
          *(amount(line, k) for k in range(3)), because(line), evidence(line))
@@ -95,7 +97,8 @@ def report_markdown(report: Report) -> str:
     head = (*HEAD, "because", "source, date, confidence")
     return "\n".join(
         [
-            "### Cost a month", "", *_markdown(("stack", *SCENARIOS), summary(report)), "", coverage(report), "",
+            "### Cost a month", "", *_rails(crossed), *_markdown(("stack", *SCENARIOS), summary(report)), "",
+            coverage(report), "",
             conditions(report), "", "<details><summary>Every line</summary>", "",
             *_markdown(head, rows), "", "</details>", "",
         ]
@@ -124,6 +127,16 @@ def tree(change: Difference) -> list[str]:
 def difference_lines(change: Difference) -> list[str]:
     """Return a difference as lines of text: the tree, the sums in each scenario, what is not known."""
     out = tree(change) or ["nothing changes"]
+    out += difference_sums(change)
+    if change.unknown:
+        names = "; ".join(dict.fromkeys(f"{one.line.stack} {one.line.path}: {one.line.item}" for one in change.unknown))
+        out.append(f"not in the difference, for a price is not known: {names}")
+    return out
+
+
+def difference_sums(change: Difference) -> list[str]:
+    """Return what the sums change by in each scenario, a line each for the month and for a release."""
+    out = []
     for title, release in (("a month", False), ("once a release", True)):
         before, after = (report.total(release=release) for report in (change.old, change.new))
         for currency in sorted({*before, *after}):
@@ -134,15 +147,17 @@ def difference_lines(change: Difference) -> list[str]:
                 for k, name in enumerate(SCENARIOS)
             )
             out.append(f"{title}, {currency}: {', '.join(texts)}")
-    if change.unknown:
-        names = "; ".join(dict.fromkeys(f"{one.line.stack} {one.line.path}: {one.line.item}" for one in change.unknown))
-        out.append(f"not in the difference, for a price is not known: {names}")
     return out
 
 
-def difference_markdown(change: Difference) -> str:
-    """Return a difference as Markdown."""
-    return "\n".join(["### Change of cost", "", "```diff", *map(_marked, difference_lines(change)), "```", ""])
+def difference_markdown(change: Difference, crossed: Sequence[str] = ()) -> str:
+    """Return a difference as Markdown, with the guardrails that it crosses."""
+    told = map(_marked, difference_lines(change))
+    return "\n".join(["### Change of cost", "", *_rails(crossed), "```diff", *told, "```", ""])
+
+
+def _rails(crossed: Sequence[str]) -> list[str]:
+    return [*(f"- **guardrail** {text}" for text in crossed), ""] if crossed else []
 
 
 def _marked(text: str) -> str:

@@ -36,6 +36,7 @@ KEYS = {
     "connection_seconds": "how long a connection stays open",
     "internet_gb": "data sent to the internet, GB a month",
     "cross_zone_gb": "data that crosses zones, GB a month, each way counted",
+    "inter_region_gb": "data sent to another region, GB a month",
     "processed_gb": "data through a NAT gateway, an endpoint or a connection, GB a month",
     # devices
     "devices": "Greengrass core devices that are active in the month",
@@ -64,6 +65,7 @@ KEYS = {
     "notifications": "notifications sent a month",
     "records": "records taken in a month",
     "record_kb": "size of a record, KB",
+    "connection_minutes": "minutes that clients of a WebSocket API stay connected, all together, a month",
     "queries": "DNS queries a month",
     "metrics": "custom metrics that are written",
     "build_minutes": "minutes of builds a month",

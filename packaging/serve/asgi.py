@@ -4,6 +4,8 @@ Every fault of a client is told in one line of JSON, {"error": ...}; a fault of 
 """
 
 import asyncio
+import base64
+import hashlib
 import json
 import logging
 import re
@@ -14,6 +16,8 @@ from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from serve.trace import Trace, begin
+
 LARGEST_BODY = 4 * 1024 * 1024
 LARGEST_HEAD = 32 * 1024
 SECONDS_TO_SEND = 10
@@ -23,7 +27,6 @@ DEADLINE_HEADER = "x-request-timeout-ms"
 CLOSE = {"connection": "close"}
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-TRACE = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 TIMES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 
 log = logging.getLogger("serve")
@@ -31,12 +34,12 @@ log = logging.getLogger("serve")
 
 @dataclass(frozen=True)
 class Asked:
-    """A request: headers by name in small letters, an id, and the W3C trace context that it came with ("" for none)."""
+    """A request: headers by name in small letters, its body, an id, and its place in a trace."""
 
     headers: Mapping[str, str]
     body: bytes
     id: str
-    trace: str
+    trace: Trace
 
     def seconds(self, default: float) -> float:
         """Return the time that the client gives the request.
@@ -110,8 +113,7 @@ class App:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         given = headers.get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        trace = headers.get("traceparent", "")
-        trace = trace if TRACE.fullmatch(trace) else ""
+        trace = begin(headers)
         close = self.draining
         self._running.inc()
         try:
@@ -137,8 +139,9 @@ class App:
         self._seconds.labels(known).observe(seconds)
         if known not in ("/healthz", "/readyz", "/metrics"):
             shown = path[:80].encode("unicode_escape").decode()
-            log.info("request id=%s method=%s path=%s status=%d ms=%.1f trace=%s",
-                     request_id, scope["method"], shown, answer.status, seconds * 1e3, trace or "-")  # fmt: skip
+            log.info("request id=%s method=%s path=%s status=%d ms=%.1f trace=%s span=%s parent=%s",
+                     request_id, scope["method"], shown, answer.status, seconds * 1e3, trace.id, trace.span,
+                     trace.parent or "-")  # fmt: skip
 
     def _without_prefix(self, path: str) -> str:
         # health checks come without it: a load balancer asks each target itself
@@ -164,7 +167,7 @@ class App:
         whole = answer.content if isinstance(answer.content, bytes) else dump(answer.content)
         headers = [
             (b"content-type", answer.type.encode()), (b"content-length", b"%d" % len(whole)),
-            (b"x-request-id", request_id.encode()),
+            (b"x-request-id", request_id.encode()), (b"content-digest", content_digest(whole)),
             *((name.encode(), value.encode()) for name, value in answer.headers.items()),
             *([(b"connection", b"close")] if close else []),
         ]  # fmt: skip
@@ -209,6 +212,11 @@ async def _body(receive: Any, headers: Mapping[str, str]) -> bytes:
                 raise Refused(413, f"allowed: at most {LARGEST_BODY} bytes")
             if not message.get("more_body", False):
                 return b"".join(parts)
+
+
+def content_digest(content: bytes) -> bytes:
+    """Return the Content-Digest of a whole answer, as of RFC 9530."""
+    return b"sha-256=:" + base64.b64encode(hashlib.sha256(content).digest()) + b":"
 
 
 def dump(document: Any) -> bytes:

@@ -55,7 +55,7 @@ class Codec:
     def check(self, request: Any, where: str, *, rank: bool = False) -> int:
         """Refuse what is not a request; return how many answers it wants.
 
-        With `rank` it names candidates, and by default wants all of them that the model has.
+        With `rank` it names candidates, and by default wants all of them; those that the model does not have are not ranked.
 
         Raises:
             BadRequest: it has a wrong key, type or value.
@@ -78,10 +78,8 @@ class Codec:
                 raise BadRequest(
                     f"{where}: query: wrong", value=repr(query)[:80], allowed=f"1 to {LONGEST_QUERY} characters"
                 )
-        most = self.returned
-        if rank:
-            most = _check_candidates(request.get("candidates"), where)
-        k = request.get("k", most if rank else min(10, most))
+        most = MOST_CANDIDATES if rank else self.returned
+        k = request.get("k", _check_candidates(request.get("candidates"), where) if rank else min(10, most))
         if type(k) is not int or not 1 <= k <= most:
             raise BadRequest(f"{where}: k: wrong", value=repr(k)[:80], allowed=f"a whole number from 1 to {most}")
         events = request.get("history", [])
@@ -167,10 +165,12 @@ class Codec:
             {self.answer_key: self.answers[row - 1], "score": round(score, 6)}
             for row, score in zip(rows.tolist(), scores.tolist(), strict=False)
         ]
-        # in the order of the request, for ids may be of two kinds
+        return {PLURALS[self.answer_key]: best, "unknown": self.unknown(request)}
+
+    def unknown(self, request: Any) -> list[Id]:
+        """Return the products of a request's history that the model does not have, in the order of the request."""
         asked = dict.fromkeys(e["product"] for e in request.get("history", []))
-        unknown = [product for product in asked if product not in self._row]
-        return {PLURALS[self.answer_key]: best, "unknown": unknown}
+        return [product for product in asked if product not in self._row]
 
 
 def tokens(ids: list[list[int]]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -23,6 +23,7 @@ from serve.errors import ShipyardError
 from serve.feedback import KINDS, MOST_EVENTS, Journal, Unwritten, events, is_id, now
 from serve.files import read_json, sha256_file
 from serve.fusion import best, fuse, gather
+from serve.observed import observed
 from serve.targets import Gone, Heard, Target
 from serve.trust import MANIFEST, Keys, check_bundle, verify_attestation
 
@@ -102,11 +103,14 @@ class Gateway:
         document = asked.json()
         user, place, off = self._own(document)
         request = {key: value for key, value in document.items() if key not in ("user", "place", "without")}
-        sources = [s for s in self.pinned.sources if s in self.targets and s not in off]
+        there = [s for s in self.pinned.sources if s in self.targets]
         if route == RECOMMEND:
-            sources = [s for s in sources if self.pinned.targets[s]["task"] == RECOMMEND]
+            there = [s for s in there if self.pinned.targets[s]["task"] == RECOMMEND]
             if "query" in request:
                 raise Refused(400, "query: not here; allowed: at /v1/search")
+        sources = [s for s in there if s not in off]
+        if there and not sources:
+            raise Refused(400, f"without: leaves none to ask; allowed: some of {', '.join(there)}")
         checked = request if route == SEARCH else request | {"query": "-"}
         try:
             wanted = self.pinned.codec.check(checked, "request")
@@ -124,6 +128,8 @@ class Gateway:
         impression = {
             "kind": "impression", "request_id": asked.id, "user": user, "time": now(), "place": place, "route": route,
             "query": request.get("query"), "items": [one["product"] for one in answer["products"]],
+            "scores": [one["score"] for one in answer["products"]], "bundle": self.pinned.manifest,
+            "observed": observed(self.pinned.codec, request, answer),
         }  # fmt: skip
         try:
             await self.journal.write([impression], durable=False)
@@ -173,7 +179,7 @@ class Gateway:
         took = time.perf_counter() - start
         states[source] = {"state": state, "ms": round(took * 1e3, 1)}
         if heard is not None:
-            states[source]["products"] = heard[0][:5]
+            states[source] |= {"products": heard[0][:5], "score": heard[1][0] if heard[1] else None}
         self._told.labels(source, state).inc()
         self._took.labels(source).observe(took)
         return heard
@@ -199,24 +205,28 @@ class Gateway:
             raise Refused(503, f"not written: {fault}", {"Retry-After": "2"}) from None
         return Answer(202, {"written": len(records)})
 
-    async def _openapi(self, asked: Asked) -> Answer:
+    async def _openapi(self, _: Asked) -> Answer:
         codec = self.pinned.codec
-        own = {"user": openapi.ID, "place": openapi.ID,
-               "without": openapi.listed({"enum": list(self.pinned.sources)}, len(self.pinned.sources))}  # fmt: skip
+        own = {"user": openapi.NO_OR_SHORT_ID, "place": openapi.NO_OR_SHORT_ID}
         paths = {}
         for route in (SEARCH, RECOMMEND):
             body = openapi.request_schema(codec)
-            body = body | {"properties": body["properties"] | own}
+            asked = [name for name in self.targets if route == SEARCH or self.pinned.targets[name]["task"] == RECOMMEND]
+            off = openapi.listed({"enum": list(self.pinned.sources)}, len(self.pinned.sources))
+            # one at least is left to ask
+            off |= {"not": {"allOf": [{"contains": {"const": name}} for name in asked]}} if asked else {}
+            body = body | {"properties": body["properties"] | own | {"without": off}}
             if route == RECOMMEND:
                 body = openapi.closed({k: v for k, v in body["properties"].items() if k != "query"})
             answer = openapi.answer_schema(codec) | {"required": ["request_id", "products", "targets", "complete"]}
             paths[f"/v1/{route}"] = {"post": openapi.operation("Ask the targets and fuse their answers", answer, body)}
         event = openapi.closed(
-            {"item": openapi.ID, "kind": {"enum": list(KINDS)}, "quantity": {"type": "number"},
-             "value": {"type": "number"}, "basket": openapi.ID}, ("item", "kind"),
+            {"item": openapi.SHORT_ID, "kind": {"enum": list(KINDS)}, "quantity": openapi.AMOUNT,
+             "value": openapi.AMOUNT, "basket": openapi.NO_OR_SHORT_ID}, ("item", "kind"),
         )  # fmt: skip
         body = openapi.closed(
-            {"request_id": {"type": "string"}, "user": openapi.ID, "place": openapi.ID,
+            {"request_id": {"type": "string", "minLength": 1, "maxLength": 64},
+             "user": openapi.SHORT_ID, "place": openapi.NO_OR_SHORT_ID,
              "events": openapi.listed(event, MOST_EVENTS, 1)}, ("request_id", "user", "events"),
         )  # fmt: skip
         described = openapi.operation("Write what a shopper did with an answer", {"type": "object"}, body)

@@ -9,6 +9,12 @@ from serve.history import KINDS, MOST_OFFERS, OFFER
 Schema = dict[str, Any]
 
 ID: Schema = {"oneOf": [{"type": "integer"}, {"type": "string"}]}
+SHORT_ID: Schema = {"oneOf": [{"type": "integer", "exclusiveMinimum": -(10**18), "exclusiveMaximum": 10**18},
+                              {"type": "string", "minLength": 1, "maxLength": 200}]}  # fmt: skip
+"""What the data stage takes for an id."""
+
+NO_OR_SHORT_ID: Schema = {"oneOf": [*SHORT_ID["oneOf"], {"type": "null"}]}
+AMOUNT: Schema = {"type": "number", "minimum": 0, "maximum": 1e9}
 SHARE: Schema = {"type": "number", "minimum": 0, "maximum": 1}
 ERROR: Schema = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
 FAULTS = {

@@ -33,8 +33,8 @@ class Model(Codec):
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
-        self._session = ort.InferenceSession(folder / manifest["model"], options, providers=["CPUExecutionProvider"])
-        self.ranks = LOGITS in {output.name for output in self._session.get_outputs()}
+        self.session = ort.InferenceSession(folder / manifest["model"], options, providers=["CPUExecutionProvider"])
+        self.ranks = LOGITS in {output.name for output in self.session.get_outputs()}
         self._reader: _Reader | None = None
         if self._tokenizer is not None and (again := manifest.get("rerank")) is not None:
             from tokenizers import Tokenizer
@@ -70,7 +70,7 @@ class Model(Codec):
         """Rank the candidates that checked requests name, as `answer` ranks everything; `ranks` says whether it can."""
         if not requests:
             return []
-        [logits] = self._session.run([LOGITS], self.encode(requests))
+        [logits] = self.session.run([LOGITS], self.encode(requests))
         return [self.rank(*found) for found in zip(requests, logits, wanted, strict=True)]
 
     def run_each(self, requests: list[Any], wanted: list[int]) -> list[Any]:
@@ -79,7 +79,7 @@ class Model(Codec):
 
     def run(self, inputs: Mapping[str, npt.NDArray[Any]]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """Return rows [B, P] and scores [B, P] of inputs as `encode` returns them."""
-        rows, scores = self._session.run(["rows", "scores"], dict(inputs))
+        rows, scores = self.session.run(["rows", "scores"], dict(inputs))
         return rows, scores
 
     def self_test(self) -> None:

@@ -19,7 +19,9 @@ import urllib3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from serve.asgi import content_digest
 from serve.codec import PLURALS, Codec, Id
+from serve.trace import Trace
 from serve.triton import CONTENT, HEADER_LENGTH, read_answer, version, write_request
 
 LARGEST_ANSWER = 4 * 1024 * 1024
@@ -32,13 +34,13 @@ class Call:
     document: dict[str, Any]
     seconds: float
     id: str
-    trace: str
+    trace: Trace | None = None
 
     @property
     def headers(self) -> dict[str, str]:
         """The headers that go with it."""
         told = {"X-Request-Id": self.id, "X-Request-Timeout-Ms": str(max(1, int(self.seconds * 1000)))}
-        return told | ({"traceparent": self.trace} if self.trace else {})
+        return told | (self.trace.headers if self.trace is not None else {})
 
 
 Heard = tuple[list[Id], list[float]]
@@ -96,7 +98,7 @@ class Target:
         self._send, self._seconds = send, seconds
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
 
-    async def ask(self, document: dict[str, Any], seconds: float, request_id: str, trace: str) -> Heard:
+    async def ask(self, document: dict[str, Any], seconds: float, request_id: str, trace: Trace | None = None) -> Heard:
         """Return what it answers within the deadline.
 
         Raises:
@@ -213,6 +215,9 @@ def _post(
             raise Gone("busy", fault=answer.status == 503)
         if answer.status != 200:
             raise Gone("refused" if answer.status < 500 else "failed", fault=answer.status != 400)
+        # one that sends none, as Triton does, is held to its form alone
+        if (told := answer.headers.get("content-digest")) is not None and told.encode() != content_digest(content):
+            raise Gone("corrupt")
         return content, answer.headers
     raise AssertionError("the second try returns or raises")
 

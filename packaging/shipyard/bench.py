@@ -1,251 +1,240 @@
 """Our CPU server beside others on the same bundle, requests and machine: capacity, latency, memory, start-up.
 
-Every server runs the same `serve.runtime.Model` on the same graph, with one thread of the engine and its own batching, in
-an environment of its own, pinned to one core; the load comes from another. The limit is the model in a bare loop on the
-server's core, at its best batch. Figures are of this machine and of this moment: run it where nothing else runs.
+All servers stand side by side, each pinned to one core, and are measured in turns, round by round; the load comes from
+another core. The limit is measured in each round too: the model in a bare loop on the server's core, at its best batch. What
+is told are medians over the rounds and of ratios within a round, for a machine that others use is not the same twice.
 """
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+import numpy as np
+from matplotlib.figure import Figure
 
-import serve
-from models.release import attest
+from serve.codec import Codec
 from serve.errors import ShipyardError
 from serve.files import read_json, sha256_file
 from serve.trust import MANIFEST
 from shipyard import load
+from shipyard.contenders import CODE, OURS, PACKAGES, PEERS, Contender, contenders, cores, memory, running
 
-PATH = "/v1/recommend"
-OURS = "shipyard"
-PEERS = Path(__file__).with_name("peers")
-CODE = Path(serve.__file__).parents[1]
-ROOM = ("cryptography", "numpy", "onnxruntime", "rfc8785", "tokenizers")
-PACKAGES = {"fastapi": ("fastapi", "uvicorn[standard]"), "litserve": ("litserve",), "bentoml": ("bentoml",)}
 CONNECTIONS = 32
-BATCH_MS = {OURS: ("10", "25"), "fastapi": ("0",), "litserve": ("0.5", "2", "5"), "bentoml": ("0",)}
-"""Settings of a server's batching that are tried; the one with the largest capacity is reported."""
+CANDIDATES = 1_000
+SMALL = {"history": [], "k": 1}
 
-BARE = """
-import json, os, sys, time
-from pathlib import Path
-from serve.runtime import Model
-folder, seconds, requests = Path(sys.argv[1]), float(sys.argv[2]), json.loads(sys.stdin.read())
-model = Model(folder, json.loads((folder / "bundle.json").read_bytes()), threads=1)
-found = {}
-for size in (1, 4, 16, 64):
-    batch = [requests[k % len(requests)] for k in range(size)]
-    model.predict(batch)
-    begin, rounds = time.perf_counter(), 0
-    while time.perf_counter() - begin < seconds:
-        model.predict(batch)
-        rounds += 1
-    found[size] = rounds * size / (time.perf_counter() - begin)
-empty = [{"history": [], "k": 1}]
-times = []
-for _ in range(300):
-    begin = time.perf_counter()
-    model.predict(empty)
-    times.append(time.perf_counter() - begin)
-print(json.dumps({"requests_per_second": found, "small_ms": sorted(times)[150] * 1e3}))
-"""
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One server: its command, what it adds to the environment, and how a request's document is put to it."""
-
-    name: str
-    command: tuple[str, ...]
-    surroundings: Mapping[str, str]
-    wrapped: bool = False
+Requests = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def bench(
-    bundle: Path,
-    names: Sequence[str],
-    seconds: float,
-    out: Path,
-    constraints: Path,
-    progress: Callable[[str, int, int], None],
-) -> dict[str, Any]:
-    """Measure our server, the peers `names` and the bare model on a cpu bundle; write `out`/bench.json and bench.md.
+    bundle: Path, names: Sequence[str], seconds: float, rounds: int, out: Path, constraints: Path, base: Path,
+    texts: Mapping[str, str], progress: Callable[[str, int, int], None],
+) -> dict[str, Any]:  # fmt: skip
+    """Measure our server, the peers `names` and the bare model on a cpu bundle; write `out`/bench.json, .md and .svg.
+
+    `base` is the folder of the text encoder and `texts` what products are called, for the classifier of text pairs.
 
     Raises:
         ShipyardError: there are fewer than two cores, a peer is unknown, or a server does not start.
     """
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < 2:
-        raise ShipyardError("bench: one core alone", allowed="two: one for the server, one for the load")
+    server, client = cores()
     if unknown := [name for name in names if name not in PACKAGES]:
         raise ShipyardError("bench: unknown server", value=unknown[0], allowed=", ".join(PACKAGES))
-    requests = [golden["request"] for golden in read_json(bundle / MANIFEST)["golden"] if golden["request"]["history"]]
     out.mkdir(parents=True, exist_ok=True)
-    progress("bench: the bare model", 0, len(names) + 2)
-    record: dict[str, Any] = {"bare": _bare(bundle, requests, seconds, cores[0]), "servers": {}, "seconds": seconds,
-                              "processor": _processor(), "bundle": sha256_file(bundle / MANIFEST)}  # fmt: skip
-    for done, name in enumerate((OURS, *names)):
-        progress(f"bench: {name}", done + 1, len(names) + 2)
-        tried = [
-            _measure(found, bundle, requests, seconds, cores, out)
-            for found in _contenders(name, bundle, out, constraints)
-        ]
-        record["servers"][name] = max(tried, key=lambda told: float(told["capacity"]["throughput"]))
+    asked = workloads(bundle)
+    record: dict[str, Any] = {
+        "processor": _processor(), "bundle": sha256_file(bundle / MANIFEST), "seconds": seconds, "rounds": rounds,
+        "bare": [], "servers": {},
+    }  # fmt: skip
+    everywhere = os.sched_getaffinity(0)
+    with ExitStack() as stack:
+        stack.callback(os.sched_setaffinity, 0, everywhere)
+        standing = []
+        for i, name in enumerate((OURS, *names)):
+            progress(f"bench: {name}: the best of its settings", i, len(names) + 1)
+            best = _tuned(contenders(name, bundle, out, constraints, 18_500 + 10 * i), bundle, asked, server, out)
+            pid, start = stack.enter_context(running(best, bundle, server, out))
+            standing.append((best, pid))
+            told = {"setting": best.setting, "start_seconds": round(start, 2), "rounds": []}
+            record["servers"][name] = told
+        bare = stack.enter_context(_bare(bundle, asked, server))
+        os.sched_setaffinity(0, {client})
+        for done in range(rounds):
+            progress("bench: rounds", done, rounds)
+            record["bare"].append(bare(seconds))
+            # nobody is always the one that follows the same other
+            for found, _ in standing[done % len(standing) :] + standing[: done % len(standing)]:
+                record["servers"][found.name]["rounds"].append(_measure(found, asked, seconds))
+        for found, pid in standing:
+            record["servers"][found.name]["memory_mb"] = round(memory(pid) / 1e6, 1)
+    progress("bench: the classifier of text pairs", 0, 1)
+    record["pairs"] = _pairs(asked["rank"][0], texts, base, server)
     (out / "bench.json").write_text(json.dumps(record, indent=1) + "\n")
     (out / "bench.md").write_text(markdown(record))
+    plot(record, out / "bench.svg")
     return record
 
 
-def markdown(record: Mapping[str, Any]) -> str:
-    """Return the table of a bench."""
-    best = max(record["bare"]["requests_per_second"].values())
-    lines = [
-        "| server | requests/s | of the bare model | p50, p99 at half load | one small request over the bare model | memory "
-        "| start-up |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, told in record["servers"].items():
-        half, over = told["half"], (told["small_ms"] - record["bare"]["small_ms"]) * 1e3
-        lines.append(
-            f"| {name} | {told['capacity']['throughput']:.0f} | {told['capacity']['throughput'] / best:.0%} | "
-            f"{half['p50_ms']:.1f} ms, {half['p99_ms']:.1f} ms | {over:.0f} µs | {told['memory_mb']:.0f} MB | "
-            f"{told['start_seconds']:.1f} s |"
-        )
-    bare = ", ".join(f"{rate:.0f} at {size}" for size, rate in record["bare"]["requests_per_second"].items())
-    return "\n".join(lines) + f"\n\nThe bare model, requests/s by batch: {bare}. {record['processor']}.\n"
+def workloads(bundle: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return the requests: the bundle's golden ones over the whole catalogue, and the same for 1,000 candidates each."""
+    manifest = read_json(bundle / MANIFEST)
+    whole = [golden["request"] for golden in manifest["golden"] if golden["request"]["history"]]
+    answers = Codec(bundle, manifest).answers
+    rng = np.random.default_rng(7)
+    rank = [
+        {"history": request["history"], "k": 10,
+         "candidates": [answers[i] for i in rng.permutation(len(answers))[:CANDIDATES].tolist()]}
+        for request in whole
+    ]  # fmt: skip
+    return {"recommend": whole, "rank": rank}
 
 
-def _contenders(name: str, bundle: Path, out: Path, constraints: Path) -> list[Contender]:
-    """Return a server in each setting that is tried, its environment made if it is not there."""
-    if name == OURS:
-        key = Ed25519PrivateKey.generate()
-        artifact = read_json(bundle / MANIFEST)["name"]
-        trusted = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
-        command = (sys.executable, "-m", "serve.server", "--bundle", str(bundle), "--artifact", artifact, "--workers", "1",
-                   "--attestation", attest(artifact, sha256_file(bundle / MANIFEST), key))  # fmt: skip
-        return [
-            Contender(f"{name} {ms} ms", (*command, "--budget-ms", ms), {"SHIPYARD_TRUSTED_KEY": trusted})
-            for ms in BATCH_MS[name]
-        ]
-    room = out / name
-    python = room / "bin" / "python"
-    if not (room / ".complete").exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(room)], check=True)
-        # the peer's own packages as it likes them; those that the model needs as here
-        pins = room / "constraints.txt"
-        lines = constraints.read_text().splitlines()
-        pins.write_text("\n".join(line for line in lines if line.partition("==")[0] in ROOM) + "\n")
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", "--constraint", str(pins), *PACKAGES[name], *ROOM],
-                       check=True)  # fmt: skip
-        (room / ".complete").touch()
-    run = (str(python), str(PEERS / f"{name}_app.py"))
-    quiet = {"BENTOML_DO_NOT_TRACK": "True", "LIT_SERVER_DISABLE_TELEMETRY": "1"}
-    return [
-        Contender(f"{name} {ms} ms", run, {"BATCH_MS": ms, **quiet}, wrapped=name == "bentoml") for ms in BATCH_MS[name]
-    ]
+def _tuned(found: Sequence[Contender], bundle: Path, asked: Requests, core: int, out: Path) -> Contender:
+    """Return the setting with the largest capacity."""
+    if len(found) == 1:
+        return found[0]
+    rates = []
+    for one in found:
+        with running(one, bundle, core, out):
+            requests = [one.request(document) for document in asked["recommend"]]
+            load.closed(one.port, requests, 1.0, CONNECTIONS)  # batchers learn
+            rates.append(load.closed(one.port, requests, 2.0, CONNECTIONS).throughput)
+    return found[int(np.argmax(rates))]
 
 
-def _measure(
-    found: Contender, bundle: Path, requests: Sequence[Any], seconds: float, cores: Sequence[int], out: Path
-) -> dict[str, Any]:
-    """Start a server, measure it and end it."""
-    port = 18_500
-    surroundings = os.environ | found.surroundings | {
-        "PORT": str(port), "BUNDLE": str(bundle), "PYTHONPATH": str(CODE), "OMP_NUM_THREADS": "1",
-        "ORT_DISABLE_TELEMETRY": "1",
-    }  # fmt: skip
-    command: list[str] = [*found.command, *(["--port", str(port)] if found.name.startswith(OURS) else [])]
+def _measure(found: Contender, asked: Requests, seconds: float) -> dict[str, Any]:
+    """Return one round's figures of a server."""
+    told: dict[str, Any] = {}
+    for name, documents in asked.items():
+        requests = [found.request(document) for document in documents]
+        told[name] = load.closed(found.port, requests, seconds, CONNECTIONS).record()
+        rate = max(1.0, told[name]["throughput"] / 2)
+        told[name]["half"] = load.opened(found.port, requests, seconds, rate).record()
+    alone = load.closed(found.port, [found.request(SMALL)], seconds / 2, 1)
+    return told | {"small_ms": round(alone.quantile(0.5), 4)}
+
+
+@contextmanager
+def _bare(bundle: Path, asked: Requests, core: int) -> Iterator[Callable[[float], Any]]:
+    """Run the bare loop on a core; yield what measures it for some seconds."""
     everywhere = os.sched_getaffinity(0)
-    begin = time.perf_counter()
-    os.sched_setaffinity(0, {cores[0]})  # a child has its parent's
-    with (out / f"{found.name}.log").open("w") as log:
-        process = subprocess.Popen(
-            command, env=surroundings, stdout=log, stderr=log,
-            start_new_session=True, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+    os.sched_setaffinity(0, {core})
+    surroundings = os.environ | {"PYTHONPATH": str(CODE), "OMP_NUM_THREADS": "1", "BUNDLE": str(bundle)}
+    process = subprocess.Popen(
+        [sys.executable, str(PEERS / "bare_loop.py")], env=surroundings, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    os.sched_setaffinity(0, everywhere)
+    assert process.stdin is not None and process.stdout is not None
+    to, back = process.stdin, process.stdout
+
+    def said(line: str) -> None:
+        to.write(line + "\n")
+        to.flush()
+
+    def measure(seconds: float) -> Any:
+        said(str(seconds))
+        return json.loads(back.readline())
+
+    said(json.dumps({name: list(requests) for name, requests in asked.items()}))
     try:
-        small = _body(found, {"history": [], "k": 1})
-        _wait(process, port, small, out / f"{found.name}.log")
-        started = time.perf_counter() - begin
-        os.sched_setaffinity(0, {cores[1]})
-        asked = [load.request(PATH, _body(found, request)) for request in requests]
-        load.closed(port, asked, min(1.0, seconds), CONNECTIONS)  # batchers learn
-        capacity = load.closed(port, asked, seconds, CONNECTIONS)
-        half = load.opened(port, asked, seconds, max(1.0, capacity.throughput / 2))
-        alone = load.closed(port, [load.request(PATH, small)], min(2.0, seconds), 1)
-        return {
-            "setting": found.name, "capacity": capacity.record(), "half": half.record(),
-            "small_ms": round(alone.quantile(0.5), 4), "memory_mb": round(_memory(process.pid) / 1e6, 1),
-            "start_seconds": round(started, 2),
-        }  # fmt: skip
+        yield measure
     finally:
-        os.sched_setaffinity(0, everywhere)
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(process.pid, number)
-                process.wait(timeout=10)
-            except (ProcessLookupError, subprocess.TimeoutExpired):
-                continue
+        to.close()
+        process.wait(timeout=60)
 
 
-def _body(found: Contender, request: Any) -> bytes:
-    return json.dumps({"requests": [request]} if found.wrapped else request).encode()
-
-
-def _wait(process: "subprocess.Popen[bytes]", port: int, body: bytes, log: Path) -> None:
-    end = time.monotonic() + 60
-    asked = urllib.request.Request(
-        f"http://127.0.0.1:{port}{PATH}", data=body, headers={"Content-Type": "application/json"}
-    )
-    while True:
-        try:
-            with urllib.request.urlopen(asked, timeout=5) as answer:  # noqa: S310
-                if answer.status == 200:
-                    return
-        except OSError:
-            if process.poll() is not None or time.monotonic() > end:
-                told = log.read_text().strip().splitlines()
-                raise ShipyardError(f"bench: {log.stem} does not start", value=told[-1] if told else "") from None
-            time.sleep(0.05)
-
-
-def _bare(bundle: Path, requests: Sequence[Any], seconds: float, core: int) -> dict[str, Any]:
+def _pairs(request: Mapping[str, Any], texts: Mapping[str, str], base: Path, core: int) -> dict[str, Any]:
+    """Return how long the classifier takes for a request's candidates: the shopper is the last five purchases' names."""
+    named = {product: texts.get(str(product), str(product)) for product in request["candidates"]}
+    bought = ", ".join(texts.get(str(event["product"]), "") for event in request["history"][-5:])
+    pairs = [{"text": bought, "text_pair": name} for name in named.values()]
     everywhere = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {core})
     done = subprocess.run(
-        [sys.executable, "-c", BARE, str(bundle), str(min(seconds, 3))],
-        input=json.dumps(list(requests)), env=os.environ | {"PYTHONPATH": str(CODE), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=True,
+        [sys.executable, str(PEERS / "pairs.py")], input=json.dumps(pairs), capture_output=True, text=True, check=False,
+        env=os.environ | {"BASE": str(base), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     os.sched_setaffinity(0, everywhere)
-    found: dict[str, Any] = json.loads(done.stdout)
+    if done.returncode:
+        raise ShipyardError("bench: the classifier of text pairs does not run", value=done.stderr.strip()[-200:])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def _memory(pid: int) -> int:
-    """Return the bytes that a process and all below it hold, what they share counted once (PSS)."""
-    total, waiting = 0, [pid]
-    while waiting:
-        one = waiting.pop()
-        try:
-            told = Path(f"/proc/{one}/smaps_rollup").read_text()
-            waiting += [int(child) for task in Path(f"/proc/{one}/task").iterdir()
-                        for child in (task / "children").read_text().split()]  # fmt: skip
-        except OSError:
-            continue
-        total += next(int(line.split()[1]) * 1024 for line in told.splitlines() if line.startswith("Pss:"))
-    return total
+def figures(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return of each server the medians over the rounds, and of the ratios to the bare loop in the same round."""
+    found = []
+    for name, told in record["servers"].items():
+        rounds = told["rounds"]
+        one = {"name": name, "setting": told["setting"], "memory_mb": told["memory_mb"], "start": told["start_seconds"],
+               "small_us": median((own["small_ms"] - bare["small_ms"]) * 1e3
+                                  for own, bare in zip(rounds, record["bare"], strict=True))}  # fmt: skip
+        for load_name in ("recommend", "rank"):
+            rates = [own[load_name]["throughput"] for own in rounds]
+            one[load_name] = {"rate": median(rates), "low": min(rates), "high": max(rates)} | {
+                f"of_{limit}": median(rate / bare[load_name][limit]
+                                      for rate, bare in zip(rates, record["bare"], strict=True))
+                for limit in ("model", "engine")
+            } | {key: median(own[load_name]["half"][key] for own in rounds) for key in ("p50_ms", "p99_ms")}  # fmt: skip
+        found.append(one)
+    return found
+
+
+def markdown(record: Mapping[str, Any]) -> str:
+    """Return the tables of a bench."""
+    found = figures(record)
+    lines = []
+    for name, title in (("recommend", "The whole catalogue"), ("rank", f"{CANDIDATES:,} candidates")):
+        bare = {limit: median(told[name][limit] for told in record["bare"]) for limit in ("model", "engine")}
+        lines += [
+            f"**{title}.** The model in a bare loop: {bare['model']:.0f} requests/s, the engine alone: "
+            f"{bare['engine']:.0f}, at batches of {record['bare'][0][name]['batch']}.", "",
+            "| server | requests/s (least, most) | of the model | of the engine | p50, p99 at half load |",
+            "| --- | --- | --- | --- | --- |",
+            *(f"| {one['name']} | {one[name]['rate']:.0f} ({one[name]['low']:.0f}, {one[name]['high']:.0f}) | "
+              f"{one[name]['of_model']:.0%} | {one[name]['of_engine']:.0%} | {one[name]['p50_ms']:.1f} ms, "
+              f"{one[name]['p99_ms']:.1f} ms |" for one in found), "",
+        ]  # fmt: skip
+    lines += [
+        "| server | batching | one small request over the bare model | memory | start-up |",
+        "| --- | --- | --- | --- | --- |",
+        *(f"| {one['name']} | {one['setting']} | {one['small_us']:.0f} µs | {one['memory_mb']:.0f} MB | "
+          f"{one['start']:.1f} s |" for one in found), "",
+    ]  # fmt: skip
+    pairs, ours = record["pairs"], found[0]["rank"]["rate"]
+    other = CANDIDATES / pairs["pairs"] / pairs["seconds"]
+    lines.append(
+        f"A PyTorch classifier on text pairs takes {pairs['seconds']:.1f} s for {pairs['pairs']:,} candidates without any "
+        f"server; {OURS} ranks {ours / other:,.0f} times as many.\n"
+    )
+    return "\n".join(lines) + f"\n{record['processor']}; {record['rounds']} rounds of {record['seconds']:g} s.\n"
+
+
+def plot(record: Mapping[str, Any], path: Path) -> None:
+    """Draw each server's throughput beside the bare model's, with the least and the most of the rounds."""
+    found = figures(record)
+    figure = Figure(figsize=(8, 0.5 * len(found) + 1.3), layout="constrained")
+    for axes, (name, title) in zip(
+        figure.subplots(1, 2, sharey=True),
+        (("recommend", "whole catalogue"), ("rank", "1,000 candidates")),
+        strict=True,
+    ):
+        rates = np.array([one[name]["rate"] for one in found])
+        bounds = np.abs(np.array([[one[name][key] for one in found] for key in ("low", "high")]) - rates)
+        colours = ["#0b62a4" if one["name"] == OURS else "#9aa5ae" for one in found]
+        axes.barh([one["name"] for one in found], rates, xerr=bounds, color=colours, ecolor="#333", capsize=2)
+        axes.axvline(median(told[name]["model"] for told in record["bare"]), color="#c05a00", linestyle="--")
+        axes.set(title=title, xlabel="requests/s; dashed: the model in a bare loop")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].invert_yaxis()
+    figure.savefig(path, metadata={"Date": None})
 
 
 def _processor() -> str:

@@ -13,14 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import serve
 from models import submodel
-from models.behaviour import VALIDATION, load_behaviour
 from models.config import Target, TargetName
 from models.cross import MAX_TOKENS as PAIR_TOKENS
 from models.release import File, artifact_key, files_digest
@@ -35,8 +33,10 @@ from serve.history import FEATURES, LIMIT, OFFER
 from serve.runtime import LOGITS, Model
 from serve.trust import MANIFEST, check_bundle
 from shipyard.archive import write_tar_gz
-from shipyard.examples import Examples
 from shipyard.export import IR_VERSION, OPSET
+from shipyard.gates import MOST_RUNTIME_MB
+from shipyard.golden import golden
+from shipyard.reference import REFERENCE
 from shipyard.stage import closure
 from shipyard.wheels import LOCK, unpacked
 
@@ -144,7 +144,7 @@ def bundle(
         "golden": [],
     }
     # more threads add in another order, and the last digit of an answer follows
-    document["golden"] = _golden(data, name, Model(tree, document, threads=1))
+    document["golden"] = golden(data, name, Model(tree, document, threads=1))
     manifest = _seal(tree, document)
     if place == "edge":
         return _zipped(out, kebab, name, manifest, target)
@@ -182,11 +182,12 @@ def _image_template(kebab: str, key: str) -> dict[str, Any]:
 
 
 def bundle_gateway(
-    bundles: Mapping[str, Path], places: Mapping[str, TargetName], fusion: Mapping[str, Any], target: Target, out: Path
-) -> dict[str, Any]:
+    bundles: Mapping[str, Path], places: Mapping[str, TargetName], fusion: Mapping[str, Any], target: Target, out: Path,
+    reference: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Write the fusion gateway's bundle: code, the fusion that was fitted, and what search's requests are encoded by.
 
-    `bundles` are the folders of the fused sub-models' bundles by name.
+    `bundles` are the folders of the fused sub-models' bundles by name, `reference` what drift is measured against.
 
     Raises:
         ShipyardError: the bundle is larger than its target allows.
@@ -200,6 +201,8 @@ def bundle_gateway(
     }
     pinned = {key: fusion[key] for key in ("method", "sources", "parameters")} | {"targets": asked}
     _write(tree / FUSION, json.dumps(pinned, indent=1, sort_keys=True) + "\n")
+    if reference is not None:
+        _write(tree / REFERENCE, json.dumps(reference, indent=1, sort_keys=True) + "\n")
     search = next(name for name, told in manifests.items() if told["task"] == "search")
     kept = ("schema", "name", "task", "level", "catalogue", "tokenizer", "max_tokens", "inputs", "returned", "model")
     _write(tree / CODEC, json.dumps({key: manifests[search][key] for key in kept}, indent=1, sort_keys=True) + "\n")
@@ -227,9 +230,6 @@ def _gateway_template(key: str) -> dict[str, Any]:
 
 EDGE_CODE = ("agent", "delta", "device", "download", "install", "link", "local", "protocol", "store", "telemetry")
 """What of serve.greengrass runs on a device."""
-
-MOST_RUNTIME_MB = 160
-"""Size of the runtime for both architectures, most of which are wheels."""
 
 
 def bundle_runtime(models: tuple[str, ...], wheels: Path, out: Path) -> dict[str, Any]:
@@ -309,35 +309,6 @@ def _artifact(
         "digest": digest, "manifest": manifest, "files": [file.model_dump() for file in files],
         "folder": root.name,
     }  # fmt: skip
-
-
-def _golden(data: Path, name: str, model: Model) -> list[dict[str, Any]]:
-    """Return three real requests with the model's answers, and one without a history."""
-    behaviour = load_behaviour(data)
-    examples = Examples(behaviour, VALIDATION, 64, (name,)).of(name)
-    queries: list[dict[str, Any]] = [{"history": []}]
-    for basket in examples.baskets[:3].tolist():
-        if examples.logged:
-            queries.append({"history": []})
-            continue
-        rows, days = behaviour.past(basket)
-        events = [
-            {"product": behaviour.item[row - 1], "days_ago": round(day, 3)}
-            for row, day in zip(rows[-40:].tolist(), days[-40:].tolist(), strict=True)
-        ]
-        queries.append({"history": events})
-        if model.takes_offers:
-            start = behaviour.start[basket]
-            promoted, strengths = behaviour.market.offers(int(behaviour.place[start]), float(behaviour.day[start]))
-            own = np.isin(promoted, rows)
-            queries[-1]["offers"] = [
-                {"product": behaviour.item[row - 1], **dict(zip(OFFER, (round(s, 3) for s in told), strict=True))}
-                for row, told in zip(promoted[own][:20].tolist(), strengths[own][:20].tolist(), strict=True)
-            ]
-    if model.task == "search":
-        for request, words in zip(queries, examples.words[:4], strict=True):
-            request["query"] = words
-    return [{"request": r, "answer": a} for r, a in zip(queries, model.predict(queries), strict=True)]
 
 
 def _empty(out: Path) -> Path:

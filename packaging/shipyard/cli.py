@@ -12,18 +12,24 @@ from pathlib import Path
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
+from models.approval import check_withdrawn
 from models.config import Fleet, load_fleet
 from models.release import Release, Signer, read_release
 from serve.errors import ShipyardError
+from serve.files import read_json
 from serve.trust import MANIFEST, load_keys
+from shipyard import delivery
 from shipyard.console import Reporter, print_release, print_stage, release_markdown
 from shipyard.diff import diff, diff_bundles, lines, same
 from shipyard.gc import referring, unused
 from shipyard.keys import open_key
+from shipyard.origin import BUILDER, find_origin
+from shipyard.papers import BOM, CARD, FIGURES, read_paper, verify_papers
 from shipyard.publish import publish
-from shipyard.release import VERBS, Line, release
+from shipyard.release import VERBS, Line, base_folder, release
 from shipyard.stage import Record, Stage
 from shipyard.upload import open_store, upload_release
+from shipyard.verbs import VERBS as DELIVERY
 from shipyard.verify import verify_bundle, verify_store
 
 ABOUT = """\
@@ -40,6 +46,8 @@ EXAMPLES = """\
 examples:
   shipyard release                      walk the whole way with the profile "quick"
   shipyard evaluate --profile small     train on a sample and print the figures
+  shipyard finetune --on sagemaker --env dev
+                                        train as a SageMaker training job, and bring its record back
   shipyard publish 0.1.0-g0123456789ab  take a local release into releases/, to be committed
   shipyard upload 0.1.0-g0123456789ab --to s3://my-bucket
                                         send a published release's artifacts to an environment's bucket
@@ -47,7 +55,7 @@ examples:
   shipyard diff releases/A.json releases/B.json
                                         what a promotion from A to B changes
 
-exit codes: 0 done; 1 an error, told in one line; 2 wrong usage; 130 interrupted
+exit codes: 0 done; 1 an error, told in one line; 2 wrong usage; 3 drift beyond its limit; 130 interrupted
 """
 
 HELP = {
@@ -60,7 +68,7 @@ HELP = {
     "bundle": "make each target's artifact, reproducible to the byte",
     "release": "do all of it, sign, upload, write the release file, synthesize the stacks",
     "deploy-local": "make a release and deploy, update, roll back and destroy an environment on this machine",
-    "report": "write the figures of a profile as one page, build/PROFILE/report.html",
+    "report": "write the figures of a profile, or all that is known of a release, as one page",
     "compare": "tune the text tower by several methods and compare them on validation",
     "publish": "verify a local release and copy it into releases/",
     "upload": "send the artifacts of a published release from build/store to a bucket",
@@ -68,10 +76,14 @@ HELP = {
     "edge": "bring a release to edge devices and see where they stand",
     "inspect": "print what a release or a bundle holds",
     "verify": "check a release, a bundle of it, or all that a store holds of it, digest by digest",
+    "sbom": "print a release's bill of materials, CycloneDX 1.6 in JSON",
+    "card": "print a release's model card, in Markdown",
+    "register": "put a published release into the SageMaker Model Registry of an environment",
     "diff": "print what differs between two releases, or two bundles",
     "gc": "list, or delete, what lies in a store and no release refers to",
     "up": "serve a local release on this machine: every runtime and the gateway, on loopback",
     "down": "end what up has started",
+    "drift": "compare what the gateway has written with its release: requests, scores, calibration",
     "collect": "make training data of what the gateway has written",
     "bench": "measure the CPU server beside others on one bundle",
 }
@@ -114,7 +126,15 @@ def parser() -> argparse.ArgumentParser:
         return verbs.add_parser(verb, help=HELP[verb], description=text, parents=[common, *parents])
 
     for verb in VERBS:
-        add(verb, sizes, more=" Runs the stages before it as far as they are not done.")
+        stage = add(verb, sizes, more=" Runs the stages before it as far as they are not done.")
+        if verb == "finetune":
+            stage.add_argument("--on", choices=("here", "sagemaker"), default="here", help="where to train: here, or as a "
+                               "SageMaker training job whose record is brought back (default: here)")  # fmt: skip
+            stage.add_argument("--env", help="with --on sagemaker: an [env.*] of fleet.toml with a training table")
+            stage.add_argument(
+                "--dry-run", action="store_true", help="print the job's exact request; nothing is called"
+            )
+            stage.add_argument("--again", action="store_true", help="a new job, also where one of the same is complete")
     making = add("release", sizes)
     making.add_argument("--to", default=None, metavar="STORE", help="a folder or s3://bucket (default: build/store)")
     rehearsing = add("deploy-local", sizes, more=" The CDK CLI is the real one, AWS an imitation on loopback.")
@@ -124,11 +144,19 @@ def parser() -> argparse.ArgumentParser:
     rehearsing.add_argument("--env", default="dev", help="environment of fleet.toml (default: dev)")
     rehearsing.add_argument("--next", type=Path, help="file of the release to update to, its artifacts in build/store "
                             "(default: the one that was made, with the scores of search doubled)")  # fmt: skip
+    making.add_argument("--builder", default=BUILDER, metavar="URI", help="who builds, for the provenance, e.g. the URL of "
+                        f"a workflow (default: {BUILDER})")  # fmt: skip
     making.add_argument("--no-synth", action="store_true", help="stop after the release file")
-    add("report", sizes, more=" Runs the stages before it as far as they are not done.")
+    reporting = add("report", sizes, more=" Of a profile, runs the stages before it as far as they are not done.")
+    reporting.add_argument("release", type=Path, nargs="?", help="a release file, whose page to write instead")
+    reporting.add_argument("--previous", type=Path, help="release file to compare with (default: the one that it replaces, "
+                           "where it lies beside it or in releases/)")  # fmt: skip
+    reporting.add_argument("--cost", type=Path, metavar="JSON", help="what shipyard cost --save has written")
+    reporting.add_argument("--out", type=Path, help="file to write (default: build/PROFILE/report.html, or "
+                           "build/reports/VERSION.html)")  # fmt: skip
     comparing = add("compare", sizes, more=" Each method is a stage in a process of its own.")
     comparing.add_argument("--methods", default="lora,adalora,full", help="with commas between (default: all three)")
-    for verb, text in REVIEW.items():  # parsed where they are run
+    for verb, text in (REVIEW | DELIVERY).items():  # parsed where they are run
         verbs.add_parser(verb, help=text, add_help=False)
     publishing = add("publish")
     publishing.add_argument("version", help="version of a release in build/releases/, e.g. 0.1.0-g0123456789ab")
@@ -157,6 +185,17 @@ def parser() -> argparse.ArgumentParser:
     verifying.add_argument("release", type=Path, help="a release file")
     verifying.add_argument("bundle", type=Path, nargs="?", help="a bundle's folder or zip")
     verifying.add_argument("--store", help="a folder or s3://bucket: read and check all that it holds of the release")
+    for verb in ("sbom", "card"):
+        papers = add(
+            verb, more=" Checks all papers of the release first. Trusts the keys in the folder keys/ beside it."
+        )
+        papers.add_argument("release", type=Path, help="a release file")
+    registering = add("register", more=" Told again, it changes the approval alone. Needs credentials of its account.")
+    registering.add_argument("version", help="version of a release in releases/, e.g. 0.1.0-g0123456789ab")
+    registering.add_argument("env", help="an [env.*] of fleet.toml")
+    registering.add_argument("--approval", choices=("pending", "approved", "rejected"), help="approval to set (default: "
+                             "pending for a new one, unchanged for one that is there)")  # fmt: skip
+    registering.add_argument("--why", default="", help="reason of the approval, for people")
     differing = add("diff", more=" Ends with 0, or with --exit-code with 1 where they differ.")
     differing.add_argument("old", type=Path, help="a release file, or a bundle's folder or zip")
     differing.add_argument("new", type=Path, help="another of the same kind")
@@ -171,8 +210,20 @@ def parser() -> argparse.ArgumentParser:
     add("down")
     measuring = add("bench", sizes, more=" Wants two cores, and nothing else that runs on them.")
     measuring.add_argument("--unit", default="recommend", help="sub-model of the cpu target (default: recommend)")
-    measuring.add_argument("--peers", default="fastapi,litserve,bentoml", help="with commas between (default: all)")
-    measuring.add_argument("--seconds", type=float, default=10, help="of each measurement (default: 10)")
+    measuring.add_argument(
+        "--peers", default="fastapi,litserve,bentoml,mlserver", help="with commas between (default: all)"
+    )
+    measuring.add_argument("--seconds", type=float, default=2, help="of each measurement (default: 2)")
+    measuring.add_argument("--rounds", type=int, default=5, help="turns of all servers (default: 5)")
+    drifting = add("drift", more=" Ends with 3 where a measure is beyond its limit: docs/drift.md.")
+    drifting.add_argument("journal", type=Path, help="folder of the gateway's --feedback, or a copy of its stream")
+    drifting.add_argument("--release", type=Path, help="a release file whose gateway's bundle lies in the build folder "
+                          "(default: the newest of build/releases/)")  # fmt: skip
+    drifting.add_argument("--against", type=Path, metavar="JOURNAL", help="another journal to compare with, no release")
+    drifting.add_argument("--psi", type=float, default=0.25, help="limit of a measure's shift (default: 0.25)")
+    drifting.add_argument("--calibration", type=float, default=0.25, help="limit of its error (default: 0.25)")
+    drifting.add_argument("--taken", default="purchase", help="feedback that counts as taken, e.g. click,cart,purchase "
+                          "(default: purchase, as in the release's own reference)")  # fmt: skip
     gathering = add("collect", more=" Writes events.parquet and searches.parquet in the schema of docs/data.md.")
     gathering.add_argument("journal", type=Path, help="folder of the gateway's --feedback, or a copy of its stream")
     gathering.add_argument("--out", type=Path, required=True, help="folder to write to")
@@ -185,6 +236,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if given and given[0] in REVIEW:
             return int(importlib.import_module("infra.cost.command").main(given))
+        if given and given[0] in DELIVERY:
+            return delivery.main(given, delivery.Surroundings(_home(), os.environ, _synth_release))
         return _run(parser().parse_args(given), Reporter())
     except ShipyardError as fault:
         print(f"error: {fault}", file=sys.stderr)
@@ -199,7 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(chosen: argparse.Namespace, reporter: Reporter) -> int:
-    if chosen.verb in ("inspect", "verify", "diff"):
+    if chosen.verb in ("inspect", "verify", "diff", "sbom", "card"):
         return _look(chosen, reporter)
     fleet = load_fleet(chosen.fleet)
     root = chosen.fleet.resolve().parent
@@ -210,7 +263,10 @@ def _run(chosen: argparse.Namespace, reporter: Reporter) -> int:
         return _print(found, chosen.json)
     if chosen.verb == "upload":
         oldest = 0 if chosen.allow_older else fleet.project.minimum_sequence
-        found = _read(root / "releases" / f"{chosen.version}.json", oldest)
+        path = root / "releases" / f"{chosen.version}.json"
+        found = _read(path, oldest)
+        check_withdrawn(path)
+        verify_papers(path, found, load_keys(path.parent / "keys"))
         store = open_store(chosen.to, kms_key=chosen.kms_key, owner=chosen.owner)
         sent = upload_release(found, build / "store", store, reporter.progress)
         print(json.dumps({"version": found.version, "bytes_sent": sent}))
@@ -220,25 +276,23 @@ def _run(chosen: argparse.Namespace, reporter: Reporter) -> int:
     if chosen.verb == "collect":
         print(json.dumps(importlib.import_module("shipyard.collect").collect(chosen.journal, chosen.out)))
         return 0
+    if chosen.verb == "drift":
+        return _drift(chosen, build)
     if chosen.verb == "bench":
-        module = importlib.import_module("shipyard.bench")
-        names = [name for name in chosen.peers.split(",") if name]
-        bundle = build / chosen.profile / chosen.unit / "bundle" / "bundle"
-        if not bundle.is_dir():
-            raise ShipyardError(f"{bundle}: no bundle", mend=f"shipyard release --profile {chosen.profile}")
-        pins = root / "constraints.txt"
-        print(module.markdown(module.bench(bundle, names, chosen.seconds, build / "bench", pins, reporter.progress)))
-        return 0
+        return _bench(chosen, fleet, root, build, reporter)
     if chosen.verb in ("up", "down"):
         return _serve(chosen, build, reporter)
-    if chosen.verb == "edge":
+    if chosen.verb in ("edge", "register"):
         try:
-            edge = importlib.import_module("shipyard.edge")  # not at the top: only what speaks to AWS needs boto3
+            # not at the top: only what speaks to AWS needs boto3
+            module = importlib.import_module("shipyard.edge" if chosen.verb == "edge" else "shipyard.registry")
         except ModuleNotFoundError as fault:
             raise ShipyardError(
-                f"edge: {fault.name} is not installed", mend="pip install 'shipyard[aws,edge]'"
+                f"{chosen.verb}: {fault.name} is not installed", mend="pip install 'shipyard[aws,edge]'"
             ) from None
-        return int(edge.run(chosen, fleet, root, build, reporter))
+        return int(module.run(chosen, fleet, root, build, reporter))
+    if chosen.verb == "report" and chosen.release is not None:
+        return _report(chosen, root, build, reporter)
     if chosen.verb == "synth":
         _synth(
             chosen.fleet, chosen.out or root / "cdk.out", reporter, env=chosen.env, release=chosen.release,
@@ -262,9 +316,10 @@ def _make(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, rep
         with reporter.stage(title):
             return stage.run(folder)
 
-    line = Line(fleet, chosen.profile, root, build / chosen.profile, reporter.progress, watch)
+    origin = find_origin(getattr(chosen, "builder", BUILDER))
+    line = Line(fleet, chosen.profile, root, build / chosen.profile, reporter.progress, watch, origin)
     if chosen.verb == "report":
-        page = line.page()
+        page = line.page(chosen.out)
         reporter.line(f"report   {page}")
         if chosen.json:
             print(json.dumps({"report": str(page)}))
@@ -277,14 +332,27 @@ def _make(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, rep
             importlib.import_module("shipyard.comparison").print_comparison(compared)
         reporter.line(f"page     {page}")
         return 0
+    if chosen.verb == "finetune" and chosen.on == "sagemaker":
+        try:
+            remote = importlib.import_module("shipyard.remote.command")  # not at the top: it needs boto3
+        except ModuleNotFoundError as fault:
+            raise ShipyardError(
+                f"finetune: {fault.name} is not installed", mend="pip install 'shipyard[aws]'"
+            ) from None
+        if chosen.env is None:
+            raise ShipyardError("finetune: --on sagemaker: where?", allowed=", ".join(fleet.env), mend="add --env")
+        if chosen.dry_run:
+            print(json.dumps(remote.dry_run(line, fleet, chosen.env), indent=None if chosen.json else 2))
+            return 0
+        # its record is found below, as if it had been made here
+        remote.finetune(line, fleet, chosen.env, reporter.line, again=chosen.again)
     if chosen.verb not in ("release", "deploy-local"):
         records = line.until(chosen.verb)
         said = {unit: record.said for unit, record in records.items()}
         if chosen.json or not print_stage(chosen.verb, said):
             print(json.dumps(said, ensure_ascii=False, indent=None if chosen.json else 2))
         return 0
-    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    key_file = home / "shipyard" / "signing.pem"
+    key_file = _home() / "signing.pem"
     if not key_file.exists() and chosen.key is None:
         reporter.line(f"makes    a signing key, {key_file}")
     # read before hours of training, not after
@@ -295,7 +363,8 @@ def _make(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, rep
     path, found = release(line, key, chosen.to or str(build / "store"))
     if not chosen.no_synth:
         _synth(chosen.fleet, build / chosen.profile / "cdk.out", reporter, release=path)
-    reporter.line(f"report   {line.page()}")
+    page = _page(path, _replaced(found, (root / "releases",), reporter), None, build / chosen.profile / "report.html")
+    reporter.line(f"report   {page}")
     reporter.line(f"release  {path}")
     return _print(found, chosen.json)
 
@@ -317,10 +386,15 @@ def _look(chosen: argparse.Namespace, reporter: Reporter) -> int:
         told = module.inspect(_bundle(chosen.path))
         print(json.dumps(told, ensure_ascii=False) if chosen.json else "\n".join(module.lines(told)))
         return 0
-    release = _read(chosen.release)
+    release, keys = _read(chosen.release), load_keys(chosen.release.parent / "keys")
+    if chosen.verb in ("sbom", "card"):
+        text = read_paper(chosen.release, release, keys, BOM if chosen.verb == "sbom" else CARD)
+        print(json.dumps({chosen.verb: text}) if chosen.json and chosen.verb == "card" else text, end="")
+        return 0
     done: dict[str, object] = {"version": release.version, "key_id": release.signature.key_id}
+    done["papers"] = len(verify_papers(chosen.release, release, keys))
     if chosen.bundle is not None:
-        done["bundle"] = verify_bundle(chosen.bundle, release, load_keys(chosen.release.parent / "keys"))["name"]
+        done["bundle"] = verify_bundle(chosen.bundle, release, keys)["name"]
     if chosen.store is not None:
         done["bytes_read"] = verify_store(release, open_store(chosen.store), reporter.progress)
     print(json.dumps(done) if chosen.json else "verified " + ", ".join(f"{k} {v}" for k, v in done.items()))
@@ -347,6 +421,45 @@ def _difference(old: Path, new: Path) -> dict[str, object]:
         )
     inspect = importlib.import_module("shipyard.inspect").inspect
     return diff_bundles(inspect(_bundle(old)), inspect(_bundle(new)))
+
+
+def _report(chosen: argparse.Namespace, root: Path, build: Path, reporter: Reporter) -> int:
+    """Write the page of a release that is there."""
+    found = _read(chosen.release)
+    folders = chosen.release.parent, root / "releases"
+    previous = _read(chosen.previous) if chosen.previous is not None else _replaced(found, folders, reporter)
+    page = _page(chosen.release, previous, chosen.cost, chosen.out or build / "reports" / f"{found.version}.html")
+    reporter.line(f"report   {page}")
+    if chosen.json:
+        print(json.dumps({"report": str(page)}))
+    return 0
+
+
+def _replaced(found: Release, folders: Sequence[Path], reporter: Reporter) -> Release | None:
+    """Return the release that one replaces, where it lies; one that is not trusted any more is told, and ends nothing."""
+    for path in (folder / f"{found.replaces}.json" for folder in folders):
+        if path.is_file():
+            try:
+                return _read(path)
+            except ShipyardError as fault:
+                reporter.line(f"report   compares with nothing: {fault}")
+                return None
+    return None
+
+
+def _page(release: Path, old: Release | None, cost: Path | None, out: Path) -> Path:
+    """Write the page of a release; `old` is what to compare with, `cost` a file of prices, if any."""
+    found = _read(release)
+    figures, card = "{}", ""
+    if found.papers:
+        keys = load_keys(release.parent / "keys")
+        figures, card = (read_paper(release, found, keys, name) for name in (FIGURES, CARD))
+    record = json.loads(figures) | {"title": f"Release {found.version}", "profile": found.profile}
+    prices = None if cost is None else read_json(cost)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    module = importlib.import_module("shipyard.report")  # not at the top: it draws
+    page: Path = module.report(record, out, found, old, prices, card)
+    return page
 
 
 def _collect(chosen: argparse.Namespace, fleet: Fleet, folders: Sequence[Path], reporter: Reporter) -> int:
@@ -384,16 +497,49 @@ def _serve(chosen: argparse.Namespace, build: Path, reporter: Reporter) -> int:
     if chosen.verb == "down":
         print(json.dumps({"ended": module.down(build)}))
         return 0
-    made = sorted((build / "releases").glob("*.json"), key=lambda path: path.stat().st_mtime)
-    if chosen.release is None and not made:
-        raise ShipyardError(f"{build / 'releases'}: no release", mend="shipyard release")
-    path = chosen.release or made[-1]
+    path = chosen.release or _newest(build)
     keys = load_keys(path.parent / "keys")
     state = module.up(_read(path), keys, build, chosen.port)
     for member in state["members"]:
         reporter.line(f"serves   {member['name']} at {member['url']}, process {member['pid']}")
     print(json.dumps(state) if chosen.json else f"open {state['members'][0]['url']}/ ; end it with shipyard down")
     return 0
+
+
+def _bench(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, reporter: Reporter) -> int:
+    """Measure the CPU server beside others."""
+    module, made = importlib.import_module("shipyard.bench"), build / chosen.profile
+    bundle = made / chosen.unit / "bundle" / "bundle"
+    if not bundle.is_dir():
+        raise ShipyardError(f"{bundle}: no bundle", mend=f"shipyard release --profile {chosen.profile}")
+    texts = importlib.import_module("shipyard.fleet").titles(made)
+    record = module.bench(
+        bundle, [name for name in chosen.peers.split(",") if name], chosen.seconds, chosen.rounds, build / "bench",
+        root / "constraints.txt", base_folder(fleet), texts, reporter.progress,
+    )  # fmt: skip
+    print(json.dumps(record) if chosen.json else module.markdown(record))
+    return 0
+
+
+def _drift(chosen: argparse.Namespace, build: Path) -> int:
+    """Compare a journal with its release, or with another journal."""
+    module = importlib.import_module("shipyard.drift")
+    kinds, bundle = chosen.taken.split(","), None
+    if chosen.against is not None:
+        reference = module.of_journal(chosen.against, kinds)
+    else:
+        reference, bundle = module.of_release(_read(chosen.release or _newest(build)), build)
+    found = module.drift(reference, module.seen(chosen.journal, kinds, bundle), chosen.psi, chosen.calibration)
+    print(json.dumps(found) if chosen.json else "\n".join(module.lines(found)))
+    return 3 if found["drifted"] else 0
+
+
+def _newest(build: Path) -> Path:
+    """Return the newest local release."""
+    made = sorted((build / "releases").glob("*.json"), key=lambda path: path.stat().st_mtime)
+    if not made:
+        raise ShipyardError(f"{build / 'releases'}: no release", mend="shipyard release")
+    return made[-1]
 
 
 def _read(path: Path, oldest: int = 0) -> Release:
@@ -416,7 +562,8 @@ def _synth(
     if env:
         command += ["--context", f"env={env}"]
     if release is not None:
-        command += ["--context", f"release={release.resolve()}"]
+        # to look at: what is deployed is named in fleet.toml, and approved
+        command += ["--context", f"release={release.resolve()}", "--context", "unapproved=true"]
     # no credentials and no region of the caller may reach a template
     surroundings = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "CDK_"))}
     # the CDK's own validator more than doubles the time of a synth
@@ -432,12 +579,22 @@ def _synth(
     reporter.line(f"synthesized {out}")
 
 
+def _synth_release(fleet: Path, out: Path, reporter: Reporter, env: str, release: Path) -> None:
+    """Synthesize one environment with one release."""
+    _synth(fleet, out, reporter, env=env, release=release)
+
+
 def _print(found: Release, as_json: bool) -> int:
     if as_json:
         print(found.model_dump_json(by_alias=True, exclude_unset=True))
     else:
         print_release(found)
     return 0
+
+
+def _home() -> Path:
+    """Return the folder of the user's own keys."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "shipyard"
 
 
 def _lock(build: Path) -> AcquireReturnProxy[FileLock]:

@@ -41,17 +41,38 @@ def collect(journal: Path, out: Path) -> dict[str, int]:
     Raises:
         ShipyardError: there is nothing to collect, or a table is there already.
     """
-    files = sorted(str(path) for path in journal.rglob("*") if path.name.endswith((".jsonl", ".jsonl.gz", ".gz")))
-    if not files:
-        raise ShipyardError(
-            f"{journal}: no *.jsonl", mend="name the folder of --feedback, or a copy of the stream's bucket"
-        )
+    db, unreadable = read_journal(journal)
     taken = [str(out / f"{table}.{kind}") for table in ("events", "searches") for kind in ("parquet", "csv")]
     if there := [path for path in taken if Path(path).exists()]:
         raise ShipyardError(
             f"{there[0]}: is there already", mend="name an empty folder, then bring the tables together"
         )
     out.mkdir(parents=True, exist_ok=True)
+    counts = {"unreadable": unreadable}
+    db.execute(f"CREATE TABLE events AS {EVENTS}")
+    db.execute(f"CREATE TABLE shown AS {SHOWN}")
+    for table, query in (("events", "SELECT * EXCLUDE (request_id) FROM events ORDER BY ALL"), ("searches", SEARCHES)):
+        found = db.sql(query)
+        counts[table] = found.count("*").fetchall()[0][0]
+        if counts[table]:
+            db.execute(f"COPY ({query}) TO {quoted(out / f'{table}.parquet')} (FORMAT parquet)")
+    return counts
+
+
+def read_journal(journal: Path) -> tuple[duckdb.DuckDBPyConnection, int]:
+    """Read the *.jsonl and *.jsonl.gz below a folder into a table `records` of one column, `record`.
+
+    Returns:
+        The database in memory, and how many lines are no record.
+
+    Raises:
+        ShipyardError: there is no such file.
+    """
+    files = sorted(str(path) for path in journal.rglob("*") if path.name.endswith((".jsonl", ".jsonl.gz", ".gz")))
+    if not files:
+        raise ShipyardError(
+            f"{journal}: no *.jsonl", mend="name the folder of --feedback, or a copy of the stream's bucket"
+        )
     db = duckdb.connect()
     # a line as it is, whatever it holds: no separator, quote or escape
     names = ", ".join(quoted(name) for name in files)
@@ -61,12 +82,4 @@ def collect(journal: Path, out: Path) -> dict[str, int]:
         "auto_detect = false, strict_mode = false, max_line_size = 16777216)"
     )
     db.execute("CREATE TABLE records AS SELECT line::JSON AS record FROM lines WHERE json_valid(line)")
-    counts = {"unreadable": db.sql("SELECT count(*) FROM lines WHERE NOT json_valid(line)").fetchall()[0][0]}
-    db.execute(f"CREATE TABLE events AS {EVENTS}")
-    db.execute(f"CREATE TABLE shown AS {SHOWN}")
-    for table, query in (("events", "SELECT * EXCLUDE (request_id) FROM events ORDER BY ALL"), ("searches", SEARCHES)):
-        found = db.sql(query)
-        counts[table] = found.count("*").fetchall()[0][0]
-        if counts[table]:
-            db.execute(f"COPY ({query}) TO {quoted(out / f'{table}.parquet')} (FORMAT parquet)")
-    return counts
+    return db, db.sql("SELECT count(*) FROM lines WHERE NOT json_valid(line)").fetchall()[0][0]

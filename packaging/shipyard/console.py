@@ -122,6 +122,17 @@ def rerank_lines(release: Release) -> list[str]:
     ]
 
 
+def lineage_line(release: Release) -> str:
+    """Return where a release comes from and what lies beside it; an empty text for one that does not tell."""
+    if not release.papers:
+        return ""
+    passed = sum(gate.passed for gate in release.gates)
+    return (
+        f"commit {release.source.commit or 'none'}, replaces {release.replaces or 'nothing'}, {passed} of "
+        f"{len(release.gates)} gates passed, papers: {', '.join(paper.name for paper in release.papers)}"
+    )
+
+
 def release_markdown(release: Release) -> str:
     """Return the table in Markdown."""
     rows = [COLUMNS, ("---",) * len(COLUMNS), *release_lines(release)]
@@ -139,7 +150,7 @@ def print_release(release: Release) -> None:
     for line in release_lines(release):
         table.add_row(*line)
     console.print(table)
-    for told in (*rerank_lines(release), fusion_line(release)):
+    for told in (*rerank_lines(release), fusion_line(release), lineage_line(release)):
         if told:
             console.print(told, soft_wrap=True)
     for artifact in release.artifacts:

@@ -9,6 +9,7 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError
 
+from models.approval import check_withdrawn, require_approval
 from models.config import Environment, Fleet
 from models.release import Release, read_release, trusted_key
 from serve.errors import ShipyardError
@@ -28,7 +29,7 @@ def run(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, repor
     if chosen.env not in fleet.env:
         raise ShipyardError("--env: no such environment", value=chosen.env, allowed=", ".join(fleet.env))
     env = fleet.env[chosen.env]
-    clients = _clients(env)
+    clients = open_clients(env)
     if chosen.action == "status":
         told = rollout.status(clients, env.edge)
         print(json.dumps(told) if chosen.json else _table(told))
@@ -45,9 +46,11 @@ def run(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, repor
     keys = load_keys(releases / "keys")
     oldest = 0 if chosen.allow_older else fleet.project.minimum_sequence
     found = read_release(releases / f"{version}.json", keys, oldest)
+    check_withdrawn(releases / f"{version}.json")
+    require_approval(found, chosen.env, env, releases, releases / "keys")
     bucket = fleet.bucket(chosen.env)
     said, deltas = publish_edge(
-        found, _others(releases, found), build / "store", open_store(f"s3://{bucket}", owner=env.account),
+        found, others(releases, found), build / "store", open_store(f"s3://{bucket}", owner=env.account),
         clients.greengrass, bucket, account=env.account, region=env.region, progress=reporter.progress,
     )  # fmt: skip
     if chosen.action != "publish":
@@ -59,7 +62,8 @@ def run(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, repor
     return 0
 
 
-def _clients(env: Environment) -> rollout.Clients:
+def open_clients(env: Environment) -> rollout.Clients:
+    """Return the clients of a rollout, with the credentials of the surroundings."""
     try:
         session = boto3.Session(region_name=env.region)
         config = Config(retries={"mode": "standard", "max_attempts": 8})
@@ -69,7 +73,7 @@ def _clients(env: Environment) -> rollout.Clients:
     return rollout.Clients(made["greengrassv2"], made["iot"], made["iot-data"])
 
 
-def _others(releases: Path, found: Release) -> list[Release]:
+def others(releases: Path, found: Release) -> list[Release]:
     """Return the other releases of the repository that devices may come from."""
     keys = load_keys(releases / "keys")
     files = [path for path in releases.glob("*-g*.json") if path.stem != found.version]

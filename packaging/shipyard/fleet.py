@@ -175,13 +175,15 @@ def page(fleet: tuple[Member, ...], build: Path) -> str:
     data = {
         "shoppers": shoppers,
         "sources": sources,
-        "titles": _titles(build / "joint" / "data" / "items.parquet"),
+        "titles": titles(build),
     }
     told = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
     return PAGE.read_text(encoding="utf-8").replace("/*DATA*/null", told)
 
 
-def _titles(path: Path) -> dict[str, str]:
+def titles(build: Path) -> dict[str, str]:
+    """Return what a profile's products are called, by their ids as text; none where its data is not there."""
+    path = build / "joint" / "data" / "items.parquet"
     if not path.is_file():
         return {}
     from pyarrow import parquet

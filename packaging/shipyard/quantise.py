@@ -23,10 +23,8 @@ from shipyard.cases import Arrays, Requests, extremes, requests, singles
 from shipyard.examples import Examples
 from shipyard.export import alone_against_together, check_graph, check_outputs, open_session, run
 from shipyard.forms import FP32, REST, TABLES, Form, combined, write_form
+from shipyard.gates import LEAST_ORDER
 from shipyard.metrics import PLACES
-
-LEAST_ORDER = 0.8
-"""Part of the top-10 places that must stay: neighbours with almost equal scores may change places."""
 
 LEAST_CORRELATION = 0.99
 """Rank correlation over all rows with fp32, for a request that is empty, the longest or Chinese."""

@@ -11,13 +11,25 @@ from typing import Any
 
 from models import submodel
 from models.config import Fleet, Profile
-from models.release import Release, Signer, attest, dump, next_sequence, read_release, sign
+from models.release import (
+    Release,
+    Signer,
+    attest,
+    dump,
+    next_sequence,
+    read_release,
+    replaced,
+    sign,
+    version_of,
+)
 from models.submodel import MAX_TOKENS
-from serve.engine import machine
 from serve.errors import ShipyardError
 from serve.files import sha256_file
 from serve.trust import load_keys
+from shipyard.gates import judged, judged_forms
 from shipyard.keys import write_public
+from shipyard.origin import NOWHERE, Origin
+from shipyard.papers import make_papers, named, write_papers
 from shipyard.stage import Record, Stage, closure, digest, write
 from shipyard.upload import open_store, upload
 
@@ -55,6 +67,7 @@ class Line:
     build: Path
     report: Report
     watch: Callable[[Stage, Path], Record]
+    origin: Origin = NOWHERE
 
     @property
     def profile(self) -> Profile:
@@ -294,25 +307,31 @@ class Line:
         fusion = {key: self.evaluate.said["fusion"][key] for key in ("method", "sources", "parameters")}
         sources = {name: self.bundle(name) for name in fusion["sources"]}
         places = {name: self.fleet.submodel[name].target for name in sources}
-        target = self.fleet.target["cpu"]
+        data, target = self.past, self.fleet.target["cpu"]
 
         def work(out: Path) -> Any:
             folders = {name: record.folder / "bundle" for name, record in sources.items()}
-            return importlib.import_module("shipyard.bundle").bundle_gateway(folders, places, fusion, target, out)
+            reference = importlib.import_module("shipyard.golden").reference(data.folder, folders, fusion)
+            module = importlib.import_module("shipyard.bundle")
+            return module.bundle_gateway(folders, places, fusion, target, out, reference)
 
         config = {**_plain(target), "fusion": fusion, "places": places}
-        return self._run("bundle", GATEWAY, tuple(sources.values()), config, work, "serve.gateway", "serve.fetch")
+        inputs = (data, *sources.values())
+        return self._run("bundle", GATEWAY, inputs, config, work, *self._models, "serve.gateway", "serve.fetch")
 
-    def page(self) -> Path:
-        """Write the page of the figures, build/<profile>/report.html."""
-        record = {
+    def record(self) -> dict[str, Any]:
+        """Return what the stages said, for the report page and the papers of a release."""
+        return {
             "title": f"{self.fleet.project.name} {self.fleet.project.version}", "profile": self.profile_name,
             "data": self.data.said, "finetune": self.finetune.said, "evaluate": self.evaluate.said,
             "split": {name: self.split(name).said for name in self.names},
             "quantise": {name: self.quantise(name).said for name in self.names},
             "rerank": {name: found.said for name in self.names if (found := self.rerank(name)) is not None},
         }  # fmt: skip
-        page: Path = importlib.import_module("shipyard.report").report(record, self.build / "report.html")
+
+    def page(self, out: Path | None = None) -> Path:
+        """Write the page of the figures to the file `out`, or to build/<profile>/report.html."""
+        page: Path = importlib.import_module("shipyard.report").report(self.record(), out or self.build / "report.html")
         return page
 
     def compare(self, methods: Sequence[str]) -> tuple[Path, dict[str, Any]]:
@@ -349,13 +368,18 @@ def release(line: Line, key: Signer, store_uri: str) -> tuple[Path, Release]:
     sequence = next_sequence(line.root / "releases", {artifact["digest"] for artifact in artifacts.values()})
     for artifact in artifacts.values():
         artifact["attestation"] = attest(artifact["name"], artifact["manifest"], key, sequence)
-    found = sign({"sequence": sequence, **_body(line, artifacts)}, line.fleet.project.version, key)
+    body = {"sequence": sequence, "replaces": replaced(line.root / "releases", sequence), **_body(line, artifacts)}
+    semver = line.fleet.project.version
+    sources = {artifact["name"]: folders[unit] for unit, artifact in artifacts.items()}
+    papers = make_papers(line, version_of(body, semver), body, sources, key)
+    found = sign(body | {"papers": named(papers)}, semver, key)
     store = open_store(store_uri)
     for unit, artifact in artifacts.items():
         upload(store, artifact, folders[unit], line.report)
     releases = line.build.parent / "releases"
     write_public(key, releases / "keys")
     path = releases / f"{found.version}.json"
+    write_papers(path, papers)
     write(path, dump(found))
     return path, read_release(path, load_keys(releases / "keys"))
 
@@ -378,24 +402,47 @@ def _body(line: Line, artifacts: Mapping[str, Mapping[str, Any]]) -> dict[str, A
             "formats": [exported["form"] | {"latency_ms": quantised["fp32_latency_ms"]}, quantised["form"]],
             "losers": quantised["others"],
         }
+    lock = line.origin.lock
     sources, libraries = closure(
         ("shipyard.release", "shipyard.rerank", *(f"shipyard.{verb}" for verb in VERBS), *line._models)
     )
+    machine = importlib.import_module(
+        "serve.engine"
+    ).machine()  # not at the top: the runtime takes half of a verb's start
     return {
         "profile": line.profile_name,
         "source": {
             "data": line.fleet.data.source,
             "data_sha256": line.data.digest,
             "base": line.base_name,
+            "base_revision": line.fleet.base.revision,
             "base_sha256": line.base_sha256,
+            "commit": line.origin.commit,
+            "environment_sha256": None if lock is None else sha256_file(lock),
             "code_sha256": digest({name: sha256_file(path) for name, path in sources.items()}),
             "libraries": libraries,
-            "machine": machine() | {"threads": importlib.import_module("torch").get_num_threads()},
+            "machine": machine | {"threads": importlib.import_module("torch").get_num_threads()},
             "varies": VARIES,
         },
         "submodels": submodels,
         "fusion": _fusion(line.evaluate.said.get("fusion")),
         "artifacts": [artifacts[unit] for unit in sorted(artifacts)],
+        "gates": [
+            gate.model_dump()
+            for gate in (
+                *judged(scores, line.profile),
+                *judged_forms(submodels, artifacts.values(), line.fleet.target),
+            )
+        ],
+        "parameters": {
+            # where the files lie tells nothing of what is in them
+            "data": {key: value for key, value in _plain(line.fleet.data).items() if key != "folder"},
+            "base": _plain(line.fleet.base),
+            "finetune": _plain(line.fleet.finetune),
+            "profile": _plain(line.profile),
+            "target": {name: _plain(target) for name, target in line.fleet.target.items()},
+            "submodel": {name: _plain(entry) for name, entry in line.fleet.submodel.items()},
+        },
     }
 
 
@@ -458,7 +505,7 @@ def base_folder(fleet: Fleet) -> Path:
         raise ShipyardError(f"base model: {base.package} carries no model/config.json", mend="choose another package")
     hub = importlib.import_module("huggingface_hub")
     try:
-        wanted = ["*.safetensors", "*.json", "*.txt"]
+        wanted = ["*.safetensors", "*.json", "*.txt", "README.md"]
         return Path(hub.snapshot_download(base.hub, revision=base.revision, allow_patterns=wanted))
     except Exception as fault:
         raise ShipyardError(

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from models.release import Release
 from shipyard.course import training
+from shipyard.dossier import card_of, cost, difference, evaluated, forms, release_facts, targets
 from shipyard.page import (
     JUDGED,
     LEVEL,
@@ -32,26 +34,44 @@ from shipyard.scores import fusion, metric_name, sub_model
 from shipyard.stage import write
 
 
-def report(release: Mapping[str, Any], out: Path) -> Path:
-    """Write the page of a release to the file `out`.
+def report(
+    release: Mapping[str, Any], out: Path, found: Release | None = None, old: Release | None = None,
+    prices: Mapping[str, Any] | None = None, card: str = "",
+) -> Path:  # fmt: skip
+    """Write the page of a release, or of a profile that is none yet, to the file `out`.
 
-    `release` has "title" and "profile", what the stages said by their names ("data", "finetune", "evaluate"), and by
-    sub-model what "split", "quantise" and "rerank" said. Each may be missing.
+    Args:
+        release: "title" and "profile", what the stages said by their names ("data", "finetune", "evaluate"), and by
+            sub-model what "split", "quantise" and "rerank" said. Each may be missing.
+        out: file to write.
+        found: the release.
+        old: the release to compare it with.
+        prices: a cost report of it.
+        card: its model card, in Markdown.
     """
     said = {
         stage: release.get(stage) or {} for stage in ("data", "finetune", "evaluate", "split", "quantise", "rerank")
     }
+    if found is not None and not said["evaluate"]:
+        said["evaluate"] = evaluated(found)
     scores = said["evaluate"].get("submodels") or {}
     sections = [("verdict", "What was reached", verdict(scores, said["evaluate"].get("fusion")))]
+    if old is not None and found is not None:
+        sections.append(("previous", "Since the previous release", difference(old, found)))
     sections += [
         (f"model-{k}", name, sub_model(f"s{k}", score, said["rerank"].get(name)))
         for k, (name, score) in enumerate(scores.items())
     ]
     sections += [
         ("fusion", "Fusion", fusion(said["evaluate"].get("fusion") or {})),
+        ("forms", "Forms", forms(found) if found else ""),
+        ("targets", "Targets", targets(found) if found else ""),
+        ("cost", "Cost", cost(prices) if prices else ""),
         ("training", "Training", training(said["finetune"])),
         ("size", "Size and form", _sizes(said["split"], said["quantise"])),
         ("data", "Data", _data(said["data"])),
+        ("release", "Lineage and gates", release_facts(found) if found else ""),
+        ("card", "Model card", card_of(card) if card else ""),
     ]
     method, seed = said["finetune"].get("method"), said["finetune"].get("seed")
     told = [

@@ -1,14 +1,12 @@
 """BentoML with its adaptive batching: one worker, at most 16 requests together, BATCH_MS of latency more at most."""
 
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import bentoml
-
-from serve.runtime import Model
+from ranker import Ranker
 
 
 @bentoml.service(workers=1, traffic={"timeout": 30})
@@ -16,13 +14,12 @@ class Recommend:
     """The model behind BentoML's service."""
 
     def __init__(self) -> None:
-        folder = Path(os.environ["BUNDLE"])
-        self.model = Model(folder, json.loads((folder / "bundle.json").read_bytes()), threads=1)
+        self.ranker = Ranker()
 
     @bentoml.api(batchable=True, max_batch_size=16, max_latency_ms=1000, route="/v1/recommend")
     def recommend(self, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Answer a batch."""
-        return self.model.predict(requests)
+        return self.ranker.answer(requests)
 
 
 if __name__ == "__main__":

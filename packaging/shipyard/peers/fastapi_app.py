@@ -1,24 +1,20 @@
 """FastAPI over uvicorn with httptools and uvloop: each request by itself, in FastAPI's own pool of threads."""
 
-import json
 import os
-from pathlib import Path
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from ranker import Ranker
 
-from serve.runtime import Model
-
-folder = Path(os.environ["BUNDLE"])
-model = Model(folder, json.loads((folder / "bundle.json").read_bytes()), threads=1)
+ranker = Ranker()
 app = FastAPI()
 
 
 @app.post("/v1/recommend")
 def recommend(request: dict[str, Any]) -> dict[str, Any]:
     """Answer one request."""
-    return model.predict([request])[0]
+    return ranker.answer([request])[0]
 
 
 if __name__ == "__main__":

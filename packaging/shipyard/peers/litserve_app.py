@@ -1,13 +1,10 @@
 """LitServe with its own batching: one worker, batches of what arrives within BATCH_MS, at most 16."""
 
-import json
 import os
-from pathlib import Path
 from typing import Any
 
 import litserve
-
-from serve.runtime import Model
+from ranker import Ranker
 
 
 class Recommend(litserve.LitAPI):
@@ -15,12 +12,11 @@ class Recommend(litserve.LitAPI):
 
     def setup(self, device: str) -> None:
         """Open the model in the worker."""
-        folder = Path(os.environ["BUNDLE"])
-        self.ranker = Model(folder, json.loads((folder / "bundle.json").read_bytes()), threads=1)
+        self.ranker = Ranker()
 
     def predict(self, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Answer a batch."""
-        return self.ranker.predict(requests)
+        return self.ranker.answer(requests)
 
 
 if __name__ == "__main__":
