@@ -45,7 +45,7 @@ def lines(told: dict[str, Any]) -> Iterator[str]:
     yield f"bundle {told.get('name')}, {size}, {MANIFEST} {told['manifest']}"
     apart = {"name", "files", "bytes", "manifest", "graphs"}
     for name, value in flat({key: told[key] for key in sorted(told.keys() - apart)}):
-        yield f"  {name:<24}{value}"
+        yield f"  {name:<31} {value}"
     for name, file in sorted(told["files"].items(), key=lambda item: -item[1]["bytes"]):
         yield f"{file['bytes']:>12}  {file['sha256'][:12]}  {name}"
     for name, graph in told["graphs"].items():
