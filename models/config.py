@@ -141,10 +141,12 @@ class Target(Settings):
 
     `precision` is what the weights are quantised to; `max_loss` is the largest part of the metric that this may
     cost; `max_size_mb` bounds the bundle, in units of 10^6 bytes. `archive` puts the model repository of a GPU target into
-    model.tar.gz too, from which the endpoint then starts (docs/artifacts.md).
+    model.tar.gz too, from which the endpoint then starts (docs/artifacts.md). `choose` says by what a form is chosen among
+    those that hold: size, or the latency on the machine that makes the release, where that is of the kind that serves.
     """
 
     precision: Precision
+    choose: Literal["size", "latency"] = "size"
     max_loss: Annotated[float, Field(gt=0, le=0.2)] = 0.01
     max_size_mb: Annotated[float, Field(gt=0)]
     archive: Literal["tar.gz"] | None = None

@@ -183,9 +183,9 @@ class Source(Settings):
     """Say what the release was made from: digests of data, base model and our code, and the libraries' versions.
 
     From the same trained weights follow the same bundles to the byte, under any path, language, time zone and number of
-    threads. Training itself adds floats in an order that threads decide, so that its weights differ in the last bits from
-    one run to the next; `machine` says where it ran. `commit` is null where the code was in no git repository, and
-    `environment_sha256`, the digest of constraints.txt, where there was none.
+    threads. `varies` names the stages whose output depends on the number of threads too, with the reason; `machine` says
+    where they ran. `commit` is null where the code was in no git repository, and `environment_sha256`, the
+    digest of constraints.txt, where there was none.
     """
 
     data: str
@@ -198,6 +198,7 @@ class Source(Settings):
     environment_sha256: Sha256 | None = None
     libraries: dict[str, str]
     machine: Machine | None = None
+    varies: dict[str, str] = Field(default_factory=dict)
 
 
 class Signature(Settings):

@@ -18,9 +18,10 @@ from serve.errors import ShipyardError
 from serve.files import sha256_file
 from serve.trust import MANIFEST, load_keys
 from shipyard.bundle import write_zip
-from shipyard.diff import diff, lines, same
+from shipyard.diff import diff, diff_bundles, lines, same
 from shipyard.gc import PREFIX, referring, unused
 from shipyard.inspect import inspect
+from shipyard.inspect import lines as told_lines
 from shipyard.keys import write_public
 from shipyard.upload import FolderStore, upload_release
 from shipyard.verify import verify_bundle, verify_store
@@ -242,7 +243,7 @@ def test_a_bundle_is_told_with_its_graphs(made):
             "ir_version": 10, "opset": {"ai.onnx": 20}, "inputs": {"x": ["batch", 4]}, "outputs": {"y": ["batch", 4]},
             "operators": {"MatMul": 1}, "weights": {"float": told["graphs"]["model.onnx"]["weights"]["float"]},
         }  # fmt: skip
-        assert told["bytes"] == sum(told["files"].values())
+        assert told["bytes"] == sum(file["bytes"] for file in told["files"].values())
         assert "目录/catalogue.json" in told["files"]
 
 
@@ -277,6 +278,21 @@ def test_what_differs_is_told(made, key, tmp_path):
     told = list(lines(found))
     assert any(line.startswith("- edge-recommend") for line in told)
     assert any(line.startswith("~ recommend") for line in told)
+
+
+def test_two_bundles_are_compared_file_by_file(made, key, tmp_path):
+    other = Released(tmp_path / "other", key, text='{"more": 1}')
+    old, new = (inspect(released.bundles["recommend"]) for released in (made, other))
+    zipped = inspect(made.root / "edge-recommend-zip" / "edge-recommend.zip")
+    assert same(diff_bundles(inspect(made.bundles["edge-recommend"]), zipped))
+    assert list(lines(diff_bundles(old, old)))[1:] == ["  the same"]
+    found = diff_bundles(old, new)
+    assert not same(found)
+    assert found["files"] == {"目录/catalogue.json": "changed"} and found["graphs"] == {}
+    assert "~ 目录/catalogue.json" in list(lines(found))
+    assert any("model.onnx" in line for line in told_lines(old)) and next(told_lines(old)).startswith(
+        "bundle recommend, "
+    )
 
 
 # --- garbage collection ----------------------------------------------------------------------------------------------

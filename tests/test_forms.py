@@ -14,7 +14,7 @@ from serve.engine import ENGINE, check_engine, instructions
 from serve.errors import ShipyardError
 from shipyard.attention import fuse_attention
 from shipyard.export import IR_VERSION, OPSET, check_graph
-from shipyard.forms import FORMS, TABLES, Form, write_form
+from shipyard.forms import LARGE, REST, TABLES, Form, combined, write_form
 
 WIDTH, ROWS = 64, 1024
 
@@ -49,27 +49,82 @@ def answer(made):
     return session.run(None, {"ids": np.arange(6).reshape(2, 3)})[0]
 
 
-@pytest.mark.parametrize(
-    "form", [f for forms in FORMS.values() for f in forms if "attention" not in f.name], ids=lambda form: form.name
-)
-def test_every_form_is_smaller_and_answers_nearly_the_same(tmp_path, form):
+ALL = [
+    (precision, combined(rest, tables))
+    for precision, forms in REST.items()
+    for rest in forms
+    for tables in TABLES[precision]
+    if "attention" not in rest.name
+]
+
+
+@pytest.mark.parametrize(("precision", "form"), ALL, ids=lambda given: getattr(given, "name", given))
+def test_every_form_is_smaller_and_answers_nearly_the_same(tmp_path, precision, form):
     source = model()
     plain, size = answer(source), len(source.SerializeToString())
     written = write_form(source, form)
     onnx.save(written, tmp_path / "form.onnx")
     check_graph(tmp_path / "form.onnx")
-    limit = {"fp16": 0.55, "int8": 0.35}[form.precision]
+    limit = 0.55 if "tables in fp16" in form.name else 0.35
     assert len(written.SerializeToString()) < limit * size
+    assert TensorProto.FLOAT not in {
+        tensor.data_type for tensor in written.graph.initializer if np.prod(tensor.dims) >= LARGE
+    }
     assert np.abs(answer(written) - plain).max() < 0.02 * np.abs(plain).max()
     assert len(source.SerializeToString()) == size  # the source is left as it was
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_the_form_of_tables_leaves_other_weights(precision):
+TABLE_FORMS = [form for forms in TABLES.values() for form in forms]
+
+
+@pytest.mark.parametrize("form", TABLE_FORMS, ids=lambda form: form.name)
+def test_a_form_of_tables_leaves_other_weights(form):
     source = model()
-    written = write_form(source, TABLES[precision])
+    written = write_form(source, form)
     kept = {tensor.name for tensor in written.graph.initializer if tensor.data_type == TensorProto.FLOAT}
     assert "weight" in kept and "table" not in kept
+    assert np.abs(answer(written) - answer(source)).max() < 0.02 * np.abs(answer(source)).max()
+
+
+@pytest.mark.parametrize(
+    "form", [f for forms in REST.values() for f in forms if "att" not in f.name], ids=lambda f: f.name
+)
+def test_a_form_of_the_rest_leaves_tables(form):
+    written = write_form(model(), form)
+    kept = {tensor.name for tensor in written.graph.initializer if tensor.data_type == TensorProto.FLOAT}
+    assert "table" in kept and "weight" not in kept
+
+
+@pytest.mark.parametrize("form", TABLE_FORMS, ids=lambda form: form.name)
+@pytest.mark.parametrize("shape", [(2, 3), (4,), (1, 2, 2)], ids=str)
+def test_a_table_that_is_only_looked_up_in_is_written_too(form, shape):
+    """As that of a text tower's words is; whatever the number of the indices' dimensions."""
+    source = model()
+    del source.graph.node[1:], source.graph.initializer[1:]
+    dims = [f"d{k}" for k in range(len(shape))]
+    source.graph.input[0].CopyFrom(helper.make_tensor_value_info("ids", TensorProto.INT64, dims))
+    source.graph.output[0].CopyFrom(helper.make_tensor_value_info("found", TensorProto.FLOAT, [*dims, WIDTH]))
+    ids = np.arange(np.prod(shape)).reshape(shape) * 7
+
+    def run(made):
+        return ort.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"]).run(
+            None, {"ids": ids}
+        )[0]
+
+    written = write_form(source, form)
+    assert len(written.SerializeToString()) < 0.55 * len(source.SerializeToString())
+    assert run(written).shape == (*shape, WIDTH)
+    np.testing.assert_allclose(run(written), run(source), atol=0.01 * np.abs(run(source)).max())
+
+
+def test_a_weight_that_two_products_share_is_written_once():
+    source = model()
+    source.graph.node.insert(3, helper.make_node("MatMul", ["found", "turned"], ["again"]))
+    source.graph.node[-1].op_type = "Sum"
+    source.graph.node[-1].input.append("again")
+    written = write_form(source, TABLES["int8"][0])
+    names = [tensor.name for tensor in written.graph.initializer]
+    assert len(names) == len(set(names)) and names.count("table_int8") == 1
     assert np.abs(answer(written) - answer(source)).max() < 0.02 * np.abs(answer(source)).max()
 
 
@@ -78,8 +133,9 @@ def test_a_graph_without_large_weights_has_no_other_form():
     del small.graph.node[2:]
     small.graph.output[0].CopyFrom(helper.make_tensor_value_info("found", TensorProto.FLOAT, ["batch", "items", WIDTH]))
     small.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.zeros((9, WIDTH), np.float32), "table"))
-    for forms in FORMS.values():
+    for forms in (*REST.values(), *TABLES.values()):
         assert [write_form(small, form) for form in forms] == [None] * len(forms)
+    assert write_form(small, combined(REST["int8"][0], TABLES["int8"][0])) is None
 
 
 class Attending(nn.Module):
@@ -110,12 +166,12 @@ def test_attention_becomes_one_node_and_answers_the_same():
     def run(made):
         return ort.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, inputs)[0]
 
-    plain, plain_int8 = run(source), run(write_form(source, FORMS["int8"][0]))
+    plain, plain_int8 = run(source), run(write_form(source, REST["int8"][0]))
     fused = write_form(source, Form("fused", "fp32", fuse_attention))
     kinds = [node.op_type for node in fused.graph.node]
     assert kinds.count("MultiHeadAttention") == 2
     assert np.abs(run(fused) - plain).max() < 1e-5 * np.abs(plain).max()
-    [form] = [form for form in FORMS["int8"] if "attention" in form.name]
+    [form] = [form for form in REST["int8"] if "attention" in form.name]
     written = write_form(source, form)
     assert "Softmax" not in {node.op_type for node in written.graph.node}
     assert np.abs(run(written) - plain_int8).max() < 1e-4 * np.abs(plain_int8).max()

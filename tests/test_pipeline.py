@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 import time
 import zipfile
@@ -100,7 +101,13 @@ def test_parity_and_quantisation(small: Made, unit: str) -> None:
     assert served.loss <= target.max_loss
     assert served.order > 0.8
     assert served.parity > 0  # it is another graph
-    assert small.said(unit, "quantise")["alone"] <= 1e-3
+    exported, checks = small.said(unit, "export"), small.said(unit, "quantise")["checks"]
+    extreme = {"an empty request", "the longest history"}
+    extreme |= {"the longest query", "a Chinese query"} if unit == "search" else set()
+    assert exported["parity"].keys() == extreme | {"real requests"}
+    assert max(exported["parity"].values()) <= 1e-4 and exported["alone"] <= 1e-4
+    assert checks.keys() == extreme | {"alone"}
+    assert checks["alone"] <= 1e-3 and min(checks[case] for case in extreme) >= 0.99
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -223,6 +230,47 @@ def test_bundle_is_the_same_bytes_elsewhere(
         monkeypatch.undo()
         time.tzset()
     assert again == small.said(unit, "bundle")
+
+
+ELSEWHERE = """
+import json, sys
+from pathlib import Path
+
+from models.config import load_fleet
+from shipyard import bundle, export, quantise
+from shipyard.release import base_folder
+
+unit, fleet, made, out = sys.argv[1], load_fleet(Path(sys.argv[2])), Path(sys.argv[3]), Path(sys.argv[4])
+facts = json.loads((made / unit / "bundle/bundle/bundle.json").read_text())["facts"]
+base, place = base_folder(fleet), fleet.submodel[unit].target
+data, target = made / "joint/data", fleet.target[place]
+for stage in ("export", "quantise", "bundle"):
+    (out / stage).mkdir(parents=True)
+export.export(data, made / unit / "split", base, fleet.finetune, unit, out / "export")
+quantise.quantise(data, out / "export", base, target, unit, int(sys.argv[5]), out / "quantise")
+said = bundle.bundle(
+    data, made / unit / "split", made / "joint/finetune", out / "quantise", unit, target, place, facts, out / "bundle"
+)
+print(json.dumps(said))
+"""
+
+
+def test_from_the_export_on_a_release_is_the_same_bytes_elsewhere(small: Made, tmp_path: Path) -> None:
+    """Another folder, language, time zone, order of hashes and number of threads."""
+    unit, made = "edge_recommend", small.build / "small"
+    machine = small.release.source.machine
+    assert machine is not None
+    surroundings = os.environ | {
+        "TZ": "Asia/Shanghai", "LC_ALL": "C", "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1" if machine.threads > 1 else "2"
+    }  # fmt: skip
+    examples = str(min(200, small.fleet.profile["small"].validation_examples))
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, unit, ROOT / "fleet.toml", made, tmp_path / "elsewhere", examples],
+        cwd=tmp_path, env=surroundings, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == small.said(unit, "bundle")
+    assert small.release.source.varies.keys() == {"finetune"}
 
 
 def test_search_may_carry_its_repository_as_an_archive(small: Made, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from serve.files import read_json
 from serve.trust import MANIFEST, load_keys
 from shipyard import delivery
 from shipyard.console import Reporter, print_release, print_stage, release_markdown
-from shipyard.diff import diff, lines, same
+from shipyard.diff import diff, diff_bundles, lines, same
 from shipyard.gc import referring, unused
 from shipyard.keys import open_key
 from shipyard.origin import BUILDER, find_origin
@@ -79,7 +79,7 @@ HELP = {
     "sbom": "print a release's bill of materials, CycloneDX 1.6 in JSON",
     "card": "print a release's model card, in Markdown",
     "register": "put a published release into the SageMaker Model Registry of an environment",
-    "diff": "print what differs between two releases",
+    "diff": "print what differs between two releases, or two bundles",
     "gc": "list, or delete, what lies in a store and no release refers to",
     "up": "serve a local release on this machine: every runtime and the gateway, on loopback",
     "down": "end what up has started",
@@ -198,8 +198,8 @@ def parser() -> argparse.ArgumentParser:
                              "pending for a new one, unchanged for one that is there)")  # fmt: skip
     registering.add_argument("--why", default="", help="reason of the approval, for people")
     differing = add("diff", more=" Ends with 0, or with --exit-code with 1 where they differ.")
-    differing.add_argument("old", type=Path, help="a release file")
-    differing.add_argument("new", type=Path, help="another")
+    differing.add_argument("old", type=Path, help="a release file, or a bundle's folder or zip")
+    differing.add_argument("new", type=Path, help="another of the same kind")
     differing.add_argument("--exit-code", action="store_true", help="end with 1 where they differ")
     collecting = add("gc", more=" Keeps what a release in releases/ or build/releases/ refers to, and what is young.")
     collecting.add_argument("--store", required=True, help="a folder or s3://bucket")
@@ -383,19 +383,19 @@ def _make(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, rep
 def _look(chosen: argparse.Namespace, reporter: Reporter) -> int:
     """Look into releases and bundles, which changes nothing."""
     if chosen.verb == "diff":
-        found = diff(_read(chosen.old), _read(chosen.new))
+        found = _difference(chosen.old, chosen.new)
         print(json.dumps(found, ensure_ascii=False) if chosen.json else "\n".join(lines(found)))
         return int(chosen.exit_code and not same(found))
     if chosen.verb == "inspect":
-        if chosen.path.suffix == ".json" and chosen.path.name != MANIFEST:
+        if _is_release(chosen.path):
             release = _read(chosen.path)
             if chosen.markdown:
                 print(release_markdown(release))
                 return 0
             return _print(release, chosen.json)
-        folder = chosen.path.parent if chosen.path.name == MANIFEST else chosen.path
-        told = importlib.import_module("shipyard.inspect").inspect(folder)
-        print(json.dumps(told, ensure_ascii=False, indent=None if chosen.json else 2))
+        module = importlib.import_module("shipyard.inspect")
+        told = module.inspect(_bundle(chosen.path))
+        print(json.dumps(told, ensure_ascii=False) if chosen.json else "\n".join(module.lines(told)))
         return 0
     release, keys = _read(chosen.release), load_keys(chosen.release.parent / "keys")
     if chosen.verb in ("sbom", "card"):
@@ -428,6 +428,28 @@ def _propose(chosen: argparse.Namespace, fleet: Fleet, root: Path, reporter: Rep
     reporter.line(f"proposes a release for {chosen.env}: {what}" if what else "proposes nothing: no reason")
     print(json.dumps(told, ensure_ascii=False))
     return 0
+
+
+def _is_release(path: Path) -> bool:
+    return path.suffix == ".json" and path.name != MANIFEST
+
+
+def _bundle(path: Path) -> Path:
+    """Return the folder or zip of a bundle; its bundle.json stands for its folder."""
+    return path.parent if path.name == MANIFEST else path
+
+
+def _difference(old: Path, new: Path) -> dict[str, object]:
+    """Compare two releases, or two bundles."""
+    kinds = [_is_release(path) for path in (old, new)]
+    if all(kinds):
+        return diff(_read(old), _read(new))
+    if any(kinds):
+        raise ShipyardError(
+            "diff: a release and a bundle", value=f"{old} {new}", allowed="two releases, or two bundles"
+        )
+    inspect = importlib.import_module("shipyard.inspect").inspect
+    return diff_bundles(inspect(_bundle(old)), inspect(_bundle(new)))
 
 
 def _report(chosen: argparse.Namespace, root: Path, build: Path, reporter: Reporter) -> int:

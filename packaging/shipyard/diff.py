@@ -1,6 +1,6 @@
-"""Diff: what differs between two releases, for people and for machines."""
+"""Diff: what differs between two releases or two bundles, for people and for machines."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from models.release import Artifact, Release
@@ -26,8 +26,24 @@ def diff(old: Release, new: Release) -> dict[str, Any]:
     }
 
 
+def diff_bundles(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Return what differs between two bundles, as `shipyard.inspect` tells them: `fields` and `graphs` by name, `files`."""
+    left_out = ("files", "bytes", "graphs")
+    was, now = ({key: value for key, value in told.items() if key not in left_out} for told in (old, new))
+    return {
+        "old": old["manifest"],
+        "new": new["manifest"],
+        "bytes": [old["bytes"], new["bytes"]],
+        "fields": _fields(was, now),
+        "files": _files(old["files"], new["files"]),
+        "graphs": _fields(old["graphs"], new["graphs"]),
+    }
+
+
 def same(found: dict[str, Any]) -> bool:
-    """Return whether two releases have the same artifacts and say the same of them."""
+    """Return whether two releases have the same artifacts and say the same of them, or two bundles are the same."""
+    if "artifacts" not in found:
+        return bool(found["old"] == found["new"])
     return all(a["state"] == "same" for a in found["artifacts"].values()) and not (
         found["source"] or found["fusion"] or any(found["submodels"].values())
     )
@@ -72,19 +88,30 @@ def _artifact(old: Artifact | None, new: Artifact | None) -> dict[str, Any]:
         assert there is not None
         return {"state": "added" if old is None else "removed", "bytes": there.bytes}
     was, now = ({file.path: file for file in artifact.files} for artifact in (old, new))
-    files = {
-        path: "added" if path not in was else "removed" if path not in now else "changed"
-        for path in sorted(was.keys() | now.keys())
-        if was.get(path) != now.get(path)
-    }
+    files = _files(was, now)
     template = _fields(old.template, new.template)
     state = "changed" if files or template or old.digest != new.digest else "same"
     return {"state": state, "bytes": [old.bytes, new.bytes], "files": files, "template": template}
 
 
+def _files(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """Return by path whether a file was added, removed or changed."""
+    return {
+        path: "added" if path not in was else "removed" if path not in now else "changed"
+        for path in sorted(was.keys() | now.keys())
+        if was.get(path) != now.get(path)
+    }
+
+
+SIGNS = {"added": "+", "removed": "-", "changed": "~"}
+
+
 def lines(found: dict[str, Any]) -> Iterator[str]:
     """Yield the difference for people: + added, - removed, ~ changed."""
     yield f"{found['old']} -> {found['new']}"
+    if "artifacts" not in found:
+        yield from _bundle_lines(found)
+        return
     for name, (was, now) in found["source"].items():
         yield f"~ source.{name}: {was} -> {now}"
     for name, fields in found["submodels"].items():
@@ -98,11 +125,21 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
         elif artifact["state"] == "changed":
             was, now = artifact["bytes"]
             yield f"~ {name}: {was} -> {now} bytes"
-            signs = {"added": "+", "removed": "-", "changed": "~"}
-            yield from (f"    {signs[state]} {path}" for path, state in artifact["files"].items())
+            yield from (f"    {SIGNS[state]} {path}" for path, state in artifact["files"].items())
             yield from (f"    ~ template.{field}" for field in artifact["template"])
         else:
             yield f"{'+' if artifact['state'] == 'added' else '-'} {name}: {artifact['bytes']} bytes"
+
+
+def _bundle_lines(found: dict[str, Any]) -> Iterator[str]:
+    if same(found):
+        yield "  the same"
+        return
+    was, now = found["bytes"]
+    yield f"~ {was} -> {now} bytes"
+    yield from (f"{SIGNS[state]} {path}" for path, state in found["files"].items())
+    for part in ("fields", "graphs"):
+        yield from (f"~ {name}: {_number(was)} -> {_number(now)}" for name, (was, now) in found[part].items())
 
 
 def _number(value: Any) -> Any:

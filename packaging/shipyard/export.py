@@ -5,7 +5,6 @@ ranking given candidates needs. IR and opset stay within what ONNX Runtime 1.23 
 target runs.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,18 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 import torch
+from google.protobuf.message import DecodeError
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from models import submodel, trunk
-from models.behaviour import VALIDATION, Floats, Ints, load_behaviour
+from models.behaviour import VALIDATION, Ints, load_behaviour
 from models.config import Finetune
 from serve.errors import ShipyardError
 from serve.history import FEATURES, LIMIT, MOST_OFFERS, OFFER
-from shipyard.examples import RETURNED, Cut, Examples
-from shipyard.metrics import PLACES, ndcg
+from shipyard.cases import Arrays, extremes, requests, singles, together
+from shipyard.examples import RETURNED, Examples
+from shipyard.metrics import PLACES
 from shipyard.split import load_alone
-from shipyard.tower import tokenise
 
 OPSET = 20
 IR_VERSION = 10
@@ -35,8 +34,6 @@ TOLERANCE = 1e-4
 OUTPUTS = ("rows", "scores", "logits")
 
 FLOATING = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
-
-Arrays = dict[str, npt.NDArray[Any]]
 
 
 class Ranker(nn.Module):
@@ -54,25 +51,13 @@ class Ranker(nn.Module):
         return rows, scores, logits
 
 
-@dataclass(frozen=True)
-class Requests:
-    """Requests in a model's input form, with the right answers [B, K] and, of a log, their gains [B, K]."""
-
-    inputs: Arrays
-    relevant: Ints
-    gains: Floats | None = None
-
-    def batches(self, size: int) -> list[Arrays]:
-        """Cut the inputs into batches; padding that a batch does not need is cut off."""
-        n = len(self.relevant)
-        return [trim({name: value[k : k + size] for name, value in self.inputs.items()}) for k in range(0, n, size)]
-
-
 def export(data: Path, alone: Path, base: Path, config: Finetune, name: str, out: Path) -> dict[str, Any]:
-    """Write model.onnx in fp32 and check it against torch.
+    """Write model.onnx in fp32 and check it against torch, on real and on extreme input, alone and together.
 
     Returns:
-        The form's record: bytes, parity (largest relative difference of a logit), order (part of equal top-10 places).
+        The `form`'s record: bytes, parity (largest relative difference of a logit), order (part of equal top-10 places), and
+        loss (part of nDCG@10). By case its `parity`, and `alone`, the largest relative difference of a logit between a
+        request alone and in a batch.
 
     Raises:
         ShipyardError: parity is missed, a value is no number, or the graph is newer than the engines.
@@ -82,29 +67,47 @@ def export(data: Path, alone: Path, base: Path, config: Finetune, name: str, out
     to_onnx(Ranker(model), file)
     check_graph(file)
     tokenizer = trunk.load_tokenizer(base)
-    examples = Examples(load_behaviour(data), VALIDATION, 64, (name,)).of(name)
+    wanted = Examples(load_behaviour(data), VALIDATION, 64, (name,)).of(name)
+    real, extreme = requests(model.inputs, wanted, tokenizer), extremes(model.inputs, wanted, tokenizer)
     session = open_session(file)
-    parity, order = 0.0, []
-    for case, inputs in cases(model.inputs, examples, tokenizer):
+    parity: dict[str, float] = {}
+    order: list[float] = []
+    ranked: dict[str, tuple[Ints, Ints]] = {}
+    for case, inputs in {"real requests": real.inputs, **extreme}.items():
         rows, heard = check_outputs(session, inputs, f"export: {name}: {case}")
         with torch.inference_mode():
             logits = model(*(torch.from_numpy(inputs[i]) for i in model.inputs)).numpy()
         expected = np.argsort(-logits, axis=1, kind="stable")[:, :PLACES]
-        parity = max(parity, float(np.abs(heard - logits)[:, 1:].max() / np.abs(logits[:, 1:]).max()))
+        ranked[case] = rows[:, :PLACES], expected
+        parity[case] = difference(heard, logits)
         # scores that are equal within the tolerance may come in either order
-        apart = np.abs(np.take_along_axis(logits, rows[:, :PLACES], 1) - np.take_along_axis(logits, expected, 1))
-        same = apart <= TOLERANCE * np.abs(logits[:, 1:]).max()
-        order.append(((rows[:, :PLACES] == expected) | same).mean())
-    if not parity <= TOLERANCE:
-        raise ShipyardError(
-            f"export: {name}: ONNX differs from torch", value=f"{parity:.2e}", allowed=f"{TOLERANCE} of the largest logit",
-            mend="look for an operator that the exporter approximates",
-        )  # fmt: skip
+        gap = np.abs(np.take_along_axis(logits, rows[:, :PLACES], 1) - np.take_along_axis(logits, expected, 1))
+        same = gap <= TOLERANCE * np.abs(logits[:, 1:]).max()
+        order.append(float(((rows[:, :PLACES] == expected) | same).mean()))
+    now, before = (real.ndcg(found).mean() for found in ranked["real requests"])
+    loss = float((before - now) / max(before, 1e-9))
+    apart = alone_against_together(session, singles(real, list(extreme.values())))
+    _hold(name, "ONNX differs from torch", max(parity.values()))
+    _hold(name, "ONNX has another nDCG than torch", abs(loss))
+    _hold(name, "a request alone is answered otherwise than in a batch", apart)
     if not min(order) == 1:
         raise ShipyardError(
             f"export: {name}: ONNX ranks otherwise than torch", value=f"{min(order):.1%} of places equal"
         )
-    return {"precision": "fp32", "bytes": file.stat().st_size, "parity": parity, "order": float(np.mean(order))}
+    form = {
+        "precision": "fp32", "bytes": file.stat().st_size, "parity": max(parity.values()), "order": float(np.mean(order)),
+        "loss": loss,
+    }  # fmt: skip
+    return {"form": form, "parity": parity, "alone": apart}
+
+
+def _hold(name: str, what: str, value: float) -> None:
+    """Refuse what is larger than the tolerance, and what is no number."""
+    if not value <= TOLERANCE:
+        raise ShipyardError(
+            f"export: {name}: {what}", value=f"{value:.2e}", allowed=f"{TOLERANCE}, as a part of the largest",
+            mend="look for an operator that the exporter approximates",
+        )  # fmt: skip
 
 
 def to_onnx(ranker: Ranker, file: Path) -> None:
@@ -150,7 +153,10 @@ def check_graph(file: Path) -> None:
     Raises:
         ShipyardError: IR or opset is too new, weights lie outside of the graph's folder or are missing, or are not finite.
     """
-    model = onnx.load(file, load_external_data=False)
+    try:
+        model = onnx.load(file, load_external_data=False)
+    except DecodeError:
+        raise ShipyardError(f"{file}: no graph of ONNX", mend="run the export again") from None
     opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
     if model.ir_version > IR_VERSION or opset > OPSET:
         raise ShipyardError(
@@ -168,71 +174,16 @@ def check_graph(file: Path) -> None:
                     value=told.get("location", ""), allowed="a file beside the graph",
                 )  # fmt: skip
             onnx.external_data_helper.load_external_data_for_tensor(tensor, str(folder))
-        if tensor.data_type in FLOATING and not np.isfinite(onnx.numpy_helper.to_array(tensor)).all():
+        try:
+            finite = tensor.data_type not in FLOATING or np.isfinite(onnx.numpy_helper.to_array(tensor)).all()
+        except (ValueError, TypeError) as fault:  # fewer bytes than its shape says, or another shape
+            raise ShipyardError(
+                f"{file}: weight {tensor.name} is not whole: {fault}", mend="run the export again"
+            ) from None
+        if not finite:
             raise ShipyardError(
                 f"{file}: a weight is no finite number", value=tensor.name, mend="train again, with a smaller rate"
             )
-
-
-def cases(names: tuple[str, ...], examples: Cut, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, Arrays]]:
-    """Return named inputs: real ones, an empty request, an empty, a longest and a Chinese query, the longest history."""
-    real = _arrays(examples)
-    texts = examples.words
-    rows = examples.rows
-    rng = np.random.default_rng(0)
-    longest = min(LIMIT, rows)
-    empty: Arrays = {
-        "items": np.zeros((1, 1), np.int64), "features": np.zeros((1, 1, len(FEATURES)), np.float32),
-        "offers": np.zeros((1, 1), np.int64), "strengths": np.zeros((1, 1, len(OFFER)), np.float32),
-    }  # fmt: skip
-    filled = empty | {
-        "items": 1 + rng.permutation(rows)[None, :longest],
-        "features": rng.random((1, longest, len(FEATURES)), np.float32) * 4,
-        "offers": 1 + rng.permutation(rows)[None, :MOST_OFFERS],
-        "strengths": rng.random((1, min(rows, MOST_OFFERS), len(OFFER)), np.float32),
-    }
-    found: list[tuple[str, list[str], Arrays]] = [
-        ("real requests", texts, real), ("an empty request", [""], empty), ("the longest history", ["frozen pizza"], filled),
-    ]  # fmt: skip
-    if "query_ids" in names:
-        found += [
-            ("the longest query", ["chocolate " * 100], empty),
-            ("a Chinese query", ["冷冻比萨 牛奶"], {name: value[:1] for name, value in real.items()}),
-        ]
-    return [(case, encode_inputs(names, tokenizer, words, arrays)) for case, words, arrays in found]
-
-
-def _arrays(examples: Cut) -> Arrays:
-    view = examples.view(slice(None))
-    return {"items": view.items, "features": view.features, "offers": view.offers, "strengths": view.strengths}
-
-
-def encode_inputs(
-    names: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, texts: list[str], arrays: Arrays
-) -> Arrays:
-    """Return the arrays that a model takes, by name."""
-    given = dict(arrays)
-    if "query_ids" in names:
-        ids, mask = tokenise(tokenizer, texts)
-        given |= {"query_ids": ids.numpy(), "query_mask": mask.numpy()}
-    return {name: given[name] for name in names}
-
-
-def requests(names: tuple[str, ...], examples: Cut, tokenizer: PreTrainedTokenizerBase) -> Requests:
-    """Return examples as requests."""
-    texts = examples.words
-    return Requests(encode_inputs(names, tokenizer, texts, _arrays(examples)), examples.relevant, examples.gains)
-
-
-def trim(inputs: Arrays) -> Arrays:
-    """Cut off columns that are padding in every request, one column left at least."""
-    cut: Arrays = {}
-    for given, names in {"items": ("items", "features"), "offers": ("offers", "strengths"),
-                         "query_mask": ("query_ids", "query_mask")}.items():  # fmt: skip
-        if given in inputs:
-            used = max(1, int((inputs[given] != 0).sum(1).max()))
-            cut |= {name: inputs[name][:, :used] for name in names}
-    return {name: cut[name] for name in inputs}
 
 
 def open_session(file: Path) -> ort.InferenceSession:
@@ -262,7 +213,13 @@ def check_outputs(session: ort.InferenceSession, inputs: Arrays, where: str) -> 
     return rows, logits
 
 
-def score_onnx(session: ort.InferenceSession, wanted: Requests, batch: int = 64) -> npt.NDArray[np.float64]:
-    """Return nDCG@10 [B] of a graph on requests with known answers."""
-    ranked = np.concatenate([run(session, inputs)[0][:, :PLACES] for inputs in wanted.batches(batch)])
-    return ndcg(ranked, wanted.relevant, gains=wanted.gains)
+def difference(logits: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:
+    """Return the largest difference of a logit [B, R + 1], relative to the largest of its request; padding apart."""
+    return float((np.abs(logits - expected)[:, 1:].max(1) / np.abs(expected)[:, 1:].max(1)).max())
+
+
+def alone_against_together(session: ort.InferenceSession, alone: list[Arrays]) -> float:
+    """Return the largest relative difference of a logit between requests alone and in one batch that pads them."""
+    apart = np.concatenate([check_outputs(session, inputs, "a request alone")[1] for inputs in alone])
+    _, batch = check_outputs(session, together(alone), "a batch")
+    return difference(batch, apart)

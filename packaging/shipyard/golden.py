@@ -36,7 +36,7 @@ def golden(data: Path, name: str, model: Model) -> list[dict[str, Any]]:
 
 def reference(data: Path, bundles: Mapping[str, Path], fusion: Mapping[str, Any]) -> dict[str, Any]:
     """Return the reference of a release: its bundles' folders by name, fused by `fusion`, on requests of validation."""
-    models = {name: Model(folder, read_json(folder / MANIFEST)) for name, folder in bundles.items()}
+    models = {name: Model(folder, read_json(folder / MANIFEST), threads=1) for name, folder in bundles.items()}
     behaviour = load_behaviour(data)
     seen = {}
     for route in (SEARCH, RECOMMEND):

@@ -39,6 +39,12 @@ VERBS = ("data", "finetune", "evaluate", "split", "export", "quantise", "bundle"
 JUDGED = ("validation_examples", "test_examples", "test_each", "strong_baselines")
 """What of a profile the evaluation depends on."""
 
+VARIES = {
+    "finetune": "torch adds up by thread: the singular vectors that the projection starts from and the gradients of layer "
+    "norms follow the number of threads; with more than one the projection's gradient differs between two runs"
+}
+"""Stages whose output the number of threads decides too, and why; torch's deterministic algorithms change none of it."""
+
 RUNTIME = "edge_runtime"
 """Unit of the edge's runtime, which is code and belongs to no sub-model."""
 
@@ -395,8 +401,8 @@ def _body(line: Line, artifacts: Mapping[str, Mapping[str, Any]]) -> dict[str, A
             "bytes_shared": cut["bytes_shared"],
             "score": _score(scores[name]),
             "rerank": _rerank(line.rerank(name)),
-            "formats": [exported | {"loss": 0.0, "latency_ms": quantised["fp32_latency_ms"]}, quantised["form"]],
-            "losers": [{key: value for key, value in other.items() if key != "alone"} for other in quantised["others"]],
+            "formats": [exported["form"] | {"latency_ms": quantised["fp32_latency_ms"]}, quantised["form"]],
+            "losers": quantised["others"],
         }
     lock = line.origin.lock
     sources, libraries = closure(
@@ -418,6 +424,7 @@ def _body(line: Line, artifacts: Mapping[str, Mapping[str, Any]]) -> dict[str, A
             "code_sha256": digest({name: sha256_file(path) for name, path in sources.items()}),
             "libraries": libraries,
             "machine": machine | {"threads": importlib.import_module("torch").get_num_threads()},
+            "varies": VARIES,
         },
         "submodels": submodels,
         "fusion": _fusion(line.evaluate.said.get("fusion")),

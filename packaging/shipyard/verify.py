@@ -59,11 +59,7 @@ def verify_bundle(path: Path, release: Release, keys: Keys) -> dict[str, Any]:
     Raises:
         ShipyardError: it is no bundle of the release, its attestation is not by a trusted key, or a file differs.
     """
-    if path.is_dir():
-        document = read_json(path / MANIFEST)
-        digest = sha256_file(path / MANIFEST)
-    else:
-        document, digest = check_zip(path)
+    document, digest = check_folder(path) if path.is_dir() else check_zip(path)
     found = [artifact for artifact in release.artifacts if artifact.manifest == digest]
     if not found:
         raise ShipyardError(
@@ -71,9 +67,19 @@ def verify_bundle(path: Path, release: Release, keys: Keys) -> dict[str, Any]:
             allowed=", ".join(f"{artifact.name} {artifact.manifest[:12]}" for artifact in release.artifacts),
         )  # fmt: skip
     verify_attestation(found[0].name, digest, found[0].attestation, keys, str(path))
-    if path.is_dir():
-        check_bundle(path, digest)
     return document
+
+
+def check_folder(path: Path) -> tuple[dict[str, Any], str]:
+    """Check a bundle's folder against its own bundle.json; return that and its digest.
+
+    Raises:
+        ShipyardError: bundle.json is none, or a file is missing, is extra, is a link, or has another digest.
+    """
+    manifest = path / MANIFEST
+    _entries(read_json(manifest), str(manifest))
+    digest = sha256_file(manifest)
+    return check_bundle(path, digest), digest
 
 
 def check_zip(path: Path) -> tuple[dict[str, Any], str]:
@@ -96,12 +102,11 @@ def check_zip(path: Path) -> tuple[dict[str, Any], str]:
             if MANIFEST not in digests:
                 raise ShipyardError(f"{path}: no {MANIFEST}", mend="fetch the bundle again")
             document = json.loads(stream.read(MANIFEST))
-    # RuntimeError, which NotImplementedError is one of: it is encrypted, or packed in a way that is not known here
+    # RuntimeError, which NotImplementedError is one of: it is encrypted, or packed in a way that is not known here, or its
+    # bundle.json is nested too deeply
     except (zipfile.BadZipFile, zlib.error, ValueError, RuntimeError, EOFError, OSError) as fault:
         raise ShipyardError(f"{path}: not a whole zip: {fault}", mend="fetch the bundle again") from None
-    if not isinstance(document, dict) or not isinstance(document.get("files"), list):
-        raise ShipyardError(f"{path}: {MANIFEST}: wrong", mend="fetch the bundle again")
-    expected = {entry["path"]: entry["sha256"] for entry in document["files"]}
+    expected = {entry["path"]: entry["sha256"] for entry in _entries(document, f"{path}: {MANIFEST}")}
     found = {name: digest for name, digest in digests.items() if name != MANIFEST}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
@@ -114,6 +119,25 @@ def check_zip(path: Path) -> tuple[dict[str, Any], str]:
             )
             raise ShipyardError(f"{path}: {name}: {state}", mend="fetch the bundle again")
     return document, digests[MANIFEST]
+
+
+def _entries(document: Any, where: str) -> list[dict[str, Any]]:
+    """Return the files that a bundle.json names, once it is known to name some.
+
+    Raises:
+        ShipyardError: it is of another form; anybody may have written it.
+    """
+    files = document.get("files") if isinstance(document, dict) else None
+    kinds = {"path": str, "sha256": str, "bytes": int}
+    if not isinstance(files, list) or not all(
+        isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
+        for entry in files
+    ):
+        raise ShipyardError(
+            f"{where}: not the manifest of a bundle", allowed="files, each with path, sha256 and bytes",
+            mend="fetch the bundle again",
+        )  # fmt: skip
+    return files
 
 
 def check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> list[str]:
