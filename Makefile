@@ -94,8 +94,19 @@ bench-edge: setup ## the edge in figures: sizes, memory, latency, deltas (half a
 edge-lock: setup ## write the lock of the edge's wheels anew, from constraints.txt
 	$(BIN)/python -m shipyard.wheels
 
+.PHONY: setup-sagemaker test-sagemaker
+setup-sagemaker: .venv-sagemaker/.complete ## make .venv-sagemaker, which has the SDK that starts training jobs
+
+.venv-sagemaker/.complete: pyproject.toml constraints-sagemaker.txt
+	test -x .venv-sagemaker/bin/python || $(PYTHON) -m venv .venv-sagemaker
+	.venv-sagemaker/bin/python -m pip install --quiet --constraint constraints-sagemaker.txt --editable '.[sagemaker]'
+	touch $@
+
+test-sagemaker: setup setup-sagemaker ## the tests of training jobs, with the SDK
+	$(BIN)/python -m pytest tests/test_remote.py
+
 clean: ## remove everything that was built, the environments too
-	rm -rf build cdk.out .venv node_modules
+	rm -rf build cdk.out .venv .venv-sagemaker node_modules
 
 .PHONY: cost
 USAGE ?= docs/usage.toml

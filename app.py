@@ -25,6 +25,7 @@ from infra.replica import Replica, ReplicaStack
 from infra.rules import check_templates
 from infra.storage import StorageStack
 from infra.template import placeholders
+from infra.training import TrainingStack
 from models.approval import check_promoted, check_withdrawn, require_approval
 from models.config import Fleet, load_fleet
 from models.release import Release, ShipyardError, check_papers, load_keys, read_release, trusted_key
@@ -75,6 +76,17 @@ class FleetStage(cdk.Stage):
             ObserveStack(self, "observe", settings=env.observe, env=env, release=release, watched=watched)
         if env.delivery is not None:
             DeliveryStack(self, "delivery", settings=env.delivery, fleet=fleet, name=name, storage=storage)
+        if env.training is not None:
+            TrainingStack(
+                self,
+                "training",
+                fleet=fleet,
+                name=name,
+                image=env.training.image,
+                own_role=env.training.role is None,
+                storage=storage,
+                network=network,
+            )
         # no release among the tags: each release would touch every resource
         cdk.Tags.of(self).add("project", fleet.project.name)
         cdk.Tags.of(self).add("environment", name)

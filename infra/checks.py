@@ -50,6 +50,7 @@ def check(name: str, fleet: Fleet) -> None:
     _check_ways(where, env)
     if env.production:
         _check_production(where, env)
+    _check_training(where, env)
     source = env.delivery.promote_from if env.delivery else None
     if source is not None and (source == name or source not in fleet.env):
         raise ShipyardError(
@@ -187,6 +188,23 @@ def _check_ways(where: str, env: Environment) -> None:
             allowed="both or neither",
             mend="complete or remove them",
         )
+
+
+def _check_training(where: str, env: Environment) -> None:
+    """Check that what is named for training jobs lies in the environment's own account and region."""
+    if env.training is None:
+        return
+    place, role = env.training.place, env.training.role
+    named = {"training.place.key": place.key if place else None, "training.role": role}
+    for key, arn in named.items():
+        parts = arn.split(":") if arn else []
+        if arn is not None and (parts[4] != env.account or parts[3] not in ("", env.region)):
+            raise ShipyardError(
+                f"{where}.{key}: of another account or region",
+                value=arn,
+                allowed=f"account {env.account}, region {env.region}",
+                mend="correct it",
+            )
 
 
 def _check_production(where: str, env: Environment) -> None:

@@ -24,6 +24,8 @@ from models.places import Job as Job
 from models.places import LinkSettings as LinkSettings
 from models.places import ObserveSettings as ObserveSettings
 from models.places import Region
+from models.places import TrainingPlace as TrainingPlace
+from models.places import TrainingSettings as TrainingSettings
 from models.places import Vpc as Vpc
 from models.settings import Name as Name
 from models.settings import Settings as Settings
@@ -192,7 +194,7 @@ class Environment(Settings):
 
     `production` holds it to more (infra/checks.py); one that is not may have `hours`. `approval` says whether a release must
     be approved first (models/approval.py): by default in production alone. `vpc` is an existing one. `replica` is a second
-    region that artifacts are copied to. Without a table of their own link, observe and delivery have no stack.
+    region that artifacts are copied to. Without a table of their own link, observe, delivery and training have no stack.
     """
 
     account: Annotated[str, Field(pattern=r"^\d{12}$", description="12 digits")]
@@ -214,6 +216,7 @@ class Environment(Settings):
     link: LinkSettings | None = None
     observe: ObserveSettings | None = None
     delivery: DeliverySettings | None = None
+    training: TrainingSettings | None = None
 
     @property
     def needs_approval(self) -> bool:
@@ -245,6 +248,12 @@ class Fleet(Settings):
         """Return the name of the copy of an environment's artifact bucket in its second region."""
         env = self.env[name]
         return f"{self.project.name}-{name.replace('_', '-')}-artifacts-{env.account}-{env.replica}"
+
+    def training_role(self, name: str) -> str:
+        """Return the ARN of the role that an environment's training jobs run as."""
+        env = self.env[name]
+        own = f"arn:aws:iam::{env.account}:role/{self.project.name}-{name.replace('_', '-')}-training"
+        return own if env.training is None or env.training.role is None else env.training.role
 
     def data_bucket(self, name: str) -> str:
         """Return the name of an environment's data bucket: feedback, captured requests and scores."""

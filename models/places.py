@@ -2,7 +2,8 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from models.settings import Name, Settings
 
@@ -29,6 +30,13 @@ Image = Annotated[
     str,
     Field(
         pattern=r"^[a-z0-9][a-z0-9/_.-]{0,254}@sha256:[0-9a-f]{64}$", description="repository@sha256: and 64 hex digits"
+    ),
+]
+TrainingType = Annotated[
+    str,
+    Field(
+        pattern=r"^ml\.(c5|c6i|c7i|m5|m6i|m7i|r5|r7i)\.[0-9]*xlarge$",
+        description="a type without GPU of ml.c5, c6i, c7i, m5, m6i, m7i, r5 or r7i, as ml.c7i.4xlarge",
     ),
 ]
 Network = Annotated[str, Field(pattern=r"^\d{1,3}(\.\d{1,3}){3}/\d{1,2}$", description="a network, as 192.168.0.0/16")]
@@ -186,3 +194,48 @@ class DeliverySettings(Settings):
         str, Field(pattern=r"^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$", description="owner/name of a GitHub repository")
     ]
     promote_from: Name | None = None
+
+
+class TrainingPlace(Settings):
+    """Name where training jobs run: what the outputs of the training stack tell, or what is there already.
+
+    `key` encrypts the disk, what a job writes and what is uploaded for it.
+    """
+
+    subnets: Annotated[
+        tuple[Annotated[str, Field(pattern=r"^subnet-[0-9a-f]{8,17}$")], ...], Field(min_length=1, max_length=16)
+    ]
+    security_groups: Annotated[
+        tuple[Annotated[str, Field(pattern=r"^sg-[0-9a-f]{8,17}$")], ...], Field(min_length=1, max_length=5)
+    ]
+    key: Annotated[
+        str, Field(pattern=r"^arn:aws:kms:[a-z0-9-]+:\d{12}:key/[0-9a-f-]{36}$", description="the ARN of a KMS key")
+    ]
+
+
+class TrainingSettings(Settings):
+    """Let `shipyard finetune --on sagemaker` train here.
+
+    `image` lies in the environment's own account and region. With `spot`, a job may wait and be interrupted for
+    `max_wait_hours` in all, of which it runs `max_hours`. `role` is an ARN that jobs run as, instead of that which the
+    training stack makes. `place` is known once that stack is there.
+    """
+
+    image: Image
+    instance_type: TrainingType
+    spot: bool = True
+    max_hours: Annotated[int, Field(ge=1, le=120)] = 6
+    max_wait_hours: Annotated[int, Field(ge=1, le=240, validate_default=True)] = 24
+    disk_gib: Annotated[int, Field(ge=10, le=1000)] = 30
+    role: Annotated[
+        str | None, Field(pattern=r"^arn:aws:iam::\d{12}:role/[\w+=,.@/-]+$", description="the ARN of a role")
+    ] = None
+    place: TrainingPlace | None = None
+
+    @field_validator("max_wait_hours")
+    @classmethod
+    def _no_shorter_than_the_run(cls, hours: int, info: ValidationInfo) -> int:
+        """Refuse a wait that ends before the run may (SageMaker: MaxWaitTimeInSeconds, MaxRuntimeInSeconds)."""
+        if hours < info.data.get("max_hours", 0):
+            raise PydanticCustomError("max_wait_hours", "max_hours or more")
+        return hours

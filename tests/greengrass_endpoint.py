@@ -15,6 +15,7 @@ import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import botocore.session
+import regex
 from botocore.validate import ParamValidator
 
 MODEL = botocore.session.get_session().get_service_model("greengrassv2")
@@ -45,7 +46,9 @@ def check(value, shape, where=""):
     elif shape.type_name == "string":
         assert not told.get("enum") or value in told["enum"], f"{where}: {value}: not of {told['enum']}"
         assert told.get("min", 0) <= len(value) <= told.get("max", 10**9), f"{where}: length of {value}"
-        assert not told.get("pattern") or re.search(told["pattern"], value), f"{where}: {value}: not {told['pattern']}"
+        assert not told.get("pattern") or regex.search(told["pattern"], value), (
+            f"{where}: {value}: not {told['pattern']}"
+        )
     elif shape.type_name in ("integer", "long", "double", "float"):
         assert told.get("min", value) <= value <= told.get("max", value), f"{where}: {value}"
 

@@ -42,6 +42,7 @@ LINK = {
     "resolvers": ("192.168.0.53",),
 }
 DELIVERY = {"repository": "owner/shop"}
+TRAINING = {"image": f"shipyard/train@sha256:{'0' * 64}", "instance_type": "ml.c7i.4xlarge"}
 VPC = {
     "id": "vpc-0123456789abcdef0",
     "subnets": ("subnet-0123456789abcdef0", "subnet-0123456789abcdef1"),

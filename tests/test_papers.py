@@ -165,6 +165,35 @@ def test_gates_tell_figure_bound_and_result() -> None:
     assert at_the_bound.passed
 
 
+@pytest.mark.parametrize(
+    ("gate", "figure", "passed"),
+    [
+        ("loss", 0.01, True),
+        ("loss", 0.011, False),
+        ("loss", float("nan"), False),
+        ("order", 0.8, True),
+        ("order", 0.79, False),
+    ],
+)
+def test_gates_of_forms_are_told_as_they_were_held(gate: str, figure: float, passed: bool) -> None:
+    form = {"loss": 0.0, "order": 1.0} | {gate: figure}
+    found = judged_forms({"recommend": {"target": "cpu", "formats": [form]}}, [], FLEET.target)
+    assert [(one.bound, one.passed) for one in found if one.gate == gate] == [
+        ({"loss": 0.01, "order": 0.8}[gate], passed)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "size", "passed"),
+    [("image-context", "cpu", 100, True), ("image-context", "cpu", 101, False), ("greengrass-model", "edge", 26, False),
+     ("greengrass-runtime", "edge", 160, True), ("greengrass-runtime", "edge", 161, False)],
+)  # fmt: skip
+def test_gates_of_sizes_are_told_as_they_were_held(kind: str, target: str, size: int, passed: bool) -> None:
+    artifact = {"name": "x", "kind": kind, "target": target, "files": [{"bytes": size * 10**6}]}
+    [found] = judged_forms({}, [artifact], FLEET.target)
+    assert (found.of, found.gate, found.passed) == ("x", "size_mb", passed)
+
+
 def test_the_version_covers_the_lineage_and_not_the_papers(made: Papered) -> None:
     version = version_of(made.body, "0.1.0")
     assert version == version_of(made.body | {"papers": [{"name": "x.json", "sha256": "0" * 64, "bytes": 1}]}, "0.1.0")
@@ -493,6 +522,18 @@ def test_what_nobody_tells_the_licence_of_is_said_to_be_unknown(made: Papered, t
 )
 def test_licences_are_what_packages_say(package: str, expected: str | None) -> None:
     assert ingredients.licence(package) == expected
+
+
+def test_the_page_is_written_though_the_release_before_is_not_trusted_any_more(
+    made: Papered, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = made.with_papers(tmp_path, made.papers)
+    (tmp_path / f"{made.body['replaces']}.json").write_bytes(COMMITTED.read_bytes())
+    assert main(["report", str(path), "--out", str(tmp_path / "page.html")]) == 0
+    assert "compares with nothing" in capsys.readouterr().err
+    text = (tmp_path / "page.html").read_text()
+    assert "Lineage and gates" in text and COMMIT in text
+    assert "Since the previous release" not in text
 
 
 def test_the_card_tells_uses_data_figures_slices_limits_and_licences(made: Papered) -> None:

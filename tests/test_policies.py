@@ -15,7 +15,7 @@ import app
 from infra.rules import RULES, check_templates, violations
 from models.release import ShipyardError, sign
 from tests.test_infra import CONTEXT, IMAGE, fleet_of, sample
-from tests.test_operations import ALL, DELIVERY, LINK, OBSERVE
+from tests.test_operations import ALL, DELIVERY, LINK, OBSERVE, TRAINING
 
 ACKNOWLEDGED = cdk.Validations.ACKNOWLEDGED_RULES_METADATA_KEY
 JOB = {"at": "cron(0 2 ? * SUN *)", "image": IMAGE, "command": ("release",), "cpu": 4096, "memory_mib": 16384}
@@ -31,6 +31,7 @@ def synthesize(out, seed=None):
         observe=OBSERVE,
         link=LINK,
         delivery=DELIVERY,
+        training=TRAINING,
         replica="us-west-2",
         cpu={"anywhere": True, "job": {"update": JOB | {"reads": ("feedback/",), "writes": ("updates/",)}}},
         gpu={"capture_percent": 5, "max_instances": 4},
@@ -94,7 +95,7 @@ def test_pack_runs_with_the_builtin_validator_off(tmp_path):
 
 
 def test_templates_keep_our_rules(templates):
-    assert len(templates) == 10
+    assert len(templates) == 11
     assert {name: list(violations(template)) for name, template in templates.items()} == {
         name: [] for name in templates
     }

@@ -12,17 +12,17 @@ from infra.diagram import SHOWN, diagram
 from infra.tables import page
 from models.release import ShipyardError
 from shipyard.local.recorded import RECORDED, check_types
-from tests.test_operations import ALL, DELIVERY, LINK, OBSERVE, make_stage
+from tests.test_operations import ALL, DELIVERY, LINK, OBSERVE, TRAINING, make_stage
 
 PAGE = ROOT / "docs" / "stacks.md"
-ORDER = ("storage", "replica", "network", "gpu", "cpu", "gateway", "edge", "link", "observe", "delivery")
+ORDER = ("storage", "replica", "network", "gpu", "cpu", "gateway", "edge", "link", "observe", "delivery", "training")
 
 
 @pytest.fixture(scope="module")
 def templates():
     """The templates of an environment with every option, by stack."""
-    options = {"observe": OBSERVE, "link": LINK, "delivery": DELIVERY, "replica": "us-west-2", "production": True}
-    stage = make_stage(*ALL, **options)
+    options = {"observe": OBSERVE, "link": LINK, "delivery": DELIVERY, "training": TRAINING, "replica": "us-west-2"}
+    stage = make_stage(*ALL, production=True, **options)
     return {name: Template.from_stack(stage.node.find_child(name)).to_json() for name in ORDER}
 
 

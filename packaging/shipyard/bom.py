@@ -143,7 +143,7 @@ def _libraries(
         for name, (version, digests) in pins.items():
             users.setdefault(f"{name}@{version}", []).append(artifact)
             wheels.setdefault(f"{name}@{version}", set()).update(digests)
-    shipped = {name for key in users for name in [key.partition("@")[0]]}
+    shipped = {key.partition("@")[0] for key in users}
     keys = {*users, *(f"{name}@{version}" for name, version in packages.items() if name not in shipped)}
     found = {}
     for key in sorted(keys):

@@ -47,6 +47,8 @@ EXAMPLES = """\
 examples:
   shipyard release                      walk the whole way with the profile "quick"
   shipyard evaluate --profile small     train on a sample and print the figures
+  shipyard finetune --on sagemaker --env dev
+                                        train as a SageMaker training job, and bring its record back
   shipyard publish 0.1.0-g0123456789ab  take a local release into releases/, to be committed
   shipyard upload 0.1.0-g0123456789ab --to s3://my-bucket
                                         send a published release's artifacts to an environment's bucket
@@ -127,7 +129,15 @@ def parser() -> argparse.ArgumentParser:
         return verbs.add_parser(verb, help=HELP[verb], description=text, parents=[common, *parents])
 
     for verb in VERBS:
-        add(verb, sizes, more=" Runs the stages before it as far as they are not done.")
+        stage = add(verb, sizes, more=" Runs the stages before it as far as they are not done.")
+        if verb == "finetune":
+            stage.add_argument("--on", choices=("here", "sagemaker"), default="here", help="where to train: here, or as a "
+                               "SageMaker training job whose record is brought back (default: here)")  # fmt: skip
+            stage.add_argument("--env", help="with --on sagemaker: an [env.*] of fleet.toml with a training table")
+            stage.add_argument(
+                "--dry-run", action="store_true", help="print the job's exact request; nothing is called"
+            )
+            stage.add_argument("--again", action="store_true", help="a new job, also where one of the same is complete")
     making = add("release", sizes)
     making.add_argument("--to", default=None, metavar="STORE", help="a folder or s3://bucket (default: build/store)")
     warming = add(
@@ -366,6 +376,20 @@ def _make(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, rep
             importlib.import_module("shipyard.comparison").print_comparison(compared)
         reporter.line(f"page     {page}")
         return 0
+    if chosen.verb == "finetune" and chosen.on == "sagemaker":
+        try:
+            remote = importlib.import_module("shipyard.remote.command")  # not at the top: it needs boto3
+        except ModuleNotFoundError as fault:
+            raise ShipyardError(
+                f"finetune: {fault.name} is not installed", mend="pip install 'shipyard[aws]'"
+            ) from None
+        if chosen.env is None:
+            raise ShipyardError("finetune: --on sagemaker: where?", allowed=", ".join(fleet.env), mend="add --env")
+        if chosen.dry_run:
+            print(json.dumps(remote.dry_run(line, fleet, chosen.env), indent=None if chosen.json else 2))
+            return 0
+        # its record is found below, as if it had been made here
+        remote.finetune(line, fleet, chosen.env, reporter.line, again=chosen.again)
     if chosen.verb not in ("release", "warm", "deploy-local"):
         records = line.until(chosen.verb)
         said = {unit: record.said for unit, record in records.items()}
@@ -383,8 +407,7 @@ def _make(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, rep
     path, found = release(line, key, chosen.to or str(build / "store"))
     if not chosen.no_synth:
         _synth(chosen.fleet, line.build / "cdk.out", reporter, release=path)
-    previous = root / "releases" / f"{found.replaces}.json"
-    page = _page(path, previous if previous.is_file() else None, None, line.build / "report.html")
+    page = _page(path, _replaced(found, (root / "releases",), reporter), None, line.build / "report.html")
     reporter.line(f"report   {page}")
     reporter.line(f"release  {path}")
     return _print(found, chosen.json)
@@ -425,10 +448,8 @@ def _look(chosen: argparse.Namespace, reporter: Reporter) -> int:
 def _report(chosen: argparse.Namespace, root: Path, build: Path, reporter: Reporter) -> int:
     """Write the page of a release that is there."""
     found = _read(chosen.release)
-    previous = chosen.previous
-    if previous is None and found.replaces is not None:
-        beside = [folder / f"{found.replaces}.json" for folder in (chosen.release.parent, root / "releases")]
-        previous = next((path for path in beside if path.is_file()), None)
+    folders = chosen.release.parent, root / "releases"
+    previous = _read(chosen.previous) if chosen.previous is not None else _replaced(found, folders, reporter)
     page = _page(chosen.release, previous, chosen.cost, chosen.out or build / "reports" / f"{found.version}.html")
     reporter.line(f"report   {page}")
     if chosen.json:
@@ -436,9 +457,21 @@ def _report(chosen: argparse.Namespace, root: Path, build: Path, reporter: Repor
     return 0
 
 
-def _page(release: Path, previous: Path | None, cost: Path | None, out: Path) -> Path:
-    """Write the page of a release; `previous` and `cost` are files, if any."""
-    found, old = _read(release), None if previous is None else _read(previous)
+def _replaced(found: Release, folders: Sequence[Path], reporter: Reporter) -> Release | None:
+    """Return the release that one replaces, where it lies; one that is not trusted any more is told, and ends nothing."""
+    for path in (folder / f"{found.replaces}.json" for folder in folders):
+        if path.is_file():
+            try:
+                return _read(path)
+            except ShipyardError as fault:
+                reporter.line(f"report   compares with nothing: {fault}")
+                return None
+    return None
+
+
+def _page(release: Path, old: Release | None, cost: Path | None, out: Path) -> Path:
+    """Write the page of a release; `old` is what to compare with, `cost` a file of prices, if any."""
+    found = _read(release)
     figures, card = "{}", ""
     if found.papers:
         keys = load_keys(release.parent / "keys")

@@ -66,10 +66,8 @@ def subjects(artifacts: Any) -> list[dict[str, Any]]:
 def _dependencies(source: Mapping[str, Any], purls: Mapping[str, str | None]) -> list[dict[str, Any]]:
     """Return what went in. The digests of data and base model cover several files, so they are annotations."""
     commit, _, dirty = (source["commit"] or "").partition("-")
-    code: dict[str, Any] = {"name": "code", "uri": "git+." if commit else "file:."}
-    if commit:
-        # in-toto's names of git's two kinds of object ids
-        code["digest"] = {"gitCommit": commit} if len(commit) == 40 else {"sha256": commit}
+    code: dict[str, Any] = {"name": "code", "uri": "urn:shipyard:code"}
+    code |= {"digest": {"gitCommit": commit}} if commit else {}
     code["annotations"] = {"dirty": bool(dirty)} if commit else {"repository": "none"}
     found = [code]
     if source["environment_sha256"]:
