@@ -186,7 +186,7 @@ def test_a_device_learns_the_probabilities_that_hold_in_its_store():
     for number, (score, taken) in enumerate(zip(scores.tolist(), right.tolist(), strict=True)):
         assert found.feedback(NAME, shown(number, score, taken)) == {"counted": 1}
     base, a, b, evidence = reported(found.document())[NAME]
-    assert (base, evidence) == ("0" * 64, 3000)
+    assert (base, evidence) == ("0" * 16, 3000)
     assert abs(a - 0.6) < 0.1 and abs(b + 1.0) < 0.15
     assert abs(found.probability(NAME, 0.0) - 1 / (1 + math.exp(-(0.6 * -0.7 - 1.0)))) < 0.03
 

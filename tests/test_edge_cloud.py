@@ -165,7 +165,7 @@ class Aws:
         if learned is not None:
             device = Telemetry()
             device.answered(NAME, 0.002, [{"products": [{"score": 1.0}]}] * 7)
-            report["telemetry"] = json.loads(device.close()) | {"learned": {NAME: [models[NAME], *learned]}}
+            report["telemetry"] = json.loads(device.close()) | {"learned": {NAME: [models[NAME][:16], *learned]}}
         reported = {"report": json.dumps(report)} | ({"told": text["state"]["desired"]["told"]} if echo else {})
         self.clients.shadows.update_thing_shadow(
             thingName=thing, shadowName=SHADOW, payload=json.dumps({"state": {"reported": reported}})

@@ -59,7 +59,7 @@ def test_a_merge_on_top_of_one_is_both_in_turn(a, b, more_a, more_b, score):
 
 def test_what_was_learned_of_another_bundle_counts_nothing():
     def report(serves, learned_on):
-        return {"models": {ARTIFACT: serves}, "telemetry": {"learned": {ARTIFACT: [learned_on, 1.1, 0.2, 70]}}}
+        return {"models": {ARTIFACT: serves}, "telemetry": {"learned": {ARTIFACT: [learned_on[:16], 1.1, 0.2, 70]}}}
 
     reports = {
         "a": report(BASE, BASE), "b": report("b" * 64, "b" * 64), "c": report(BASE, "b" * 64),

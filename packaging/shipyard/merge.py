@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve.errors import ShipyardError
-from serve.greengrass.adapt import BOUNDS
+from serve.greengrass.adapt import BASE_DIGITS, BOUNDS
 
 Vector = tuple[float, float]
 
@@ -113,6 +113,6 @@ def learned_of(name: str, manifest: str, reports: Mapping[str, Mapping[str, Any]
             continue
         serving += 1
         told = report.get("telemetry", {}).get("learned", {}).get(name)
-        if told is not None and told[0] == manifest:
+        if told is not None and told[0] == manifest[:BASE_DIGITS]:
             found[thing] = Learned((float(told[1]), float(told[2])), int(told[3]))
     return serving, found

@@ -112,10 +112,14 @@ class Learner:
             return {"models": models, "ids": list(self._ids)}
 
 
+BASE_DIGITS = 16
+"""Of the digest that a report names: three models and their totals have to fit."""
+
+
 def reported(document: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Return what the center is told of a saved document: by model the digest it started from, a, b and the evidence."""
+    """Return what the center is told of a saved document: by model how the digest it started from begins, a, b, evidence."""
     return {
-        name: [found["base"], *(round(value, 4) for value in found["vector"]), found["evidence"]]
+        name: [found["base"][:BASE_DIGITS], *(round(value, 4) for value in found["vector"]), found["evidence"]]
         for name, found in document.get("models", {}).items()
         if found["evidence"]
     }
