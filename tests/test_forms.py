@@ -216,3 +216,29 @@ def test_a_processor_without_the_instructions_is_refused(monkeypatch, tmp_path, 
         return
     with pytest.raises(ShipyardError, match=f"lacks instructions; value: '{missing}'"):
         check_engine(ENGINE, "bundle")
+
+
+def test_a_table_that_only_ids_of_the_request_are_looked_up_in_is_stored_in_int8():
+    """A tower's words are half of its size; its positions, which no request names, stay."""
+    rng = np.random.default_rng(3)
+    tensors = {
+        "words": rng.normal(size=(ROWS, WIDTH)).astype(np.float32),
+        "positions": rng.normal(size=(ROWS, WIDTH)).astype(np.float32),
+        "weight": rng.normal(size=(WIDTH, ROWS)).astype(np.float32),
+        "at": np.array([[0, 1, 2]], np.int64),
+    }
+    nodes = [
+        helper.make_node("Gather", ["words", "ids"], ["said"]),
+        helper.make_node("Gather", ["positions", "at"], ["placed"]),
+        helper.make_node("Add", ["said", "placed"], ["found"]),
+        helper.make_node("MatMul", ["found", "weight"], ["out"]),
+    ]
+    ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", "items"])
+    out = helper.make_tensor_value_info("out", TensorProto.FLOAT, ["batch", "items", ROWS])
+    graph = helper.make_graph(nodes, "g", [ids], [out], [numpy_helper.from_array(v, k) for k, v in tensors.items()])
+    source = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    written = write_form(source, FORMS["int8"][0])
+    names = {tensor.name: list(tensor.dims) for tensor in written.graph.initializer}
+    assert "words" not in names and names["words_int8"] == [ROWS, 1, WIDTH] and "positions" in names
+    plain, small = answer(source), answer(written)
+    assert np.abs(plain - small).max() < 0.03 * np.abs(plain).max()

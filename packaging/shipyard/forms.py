@@ -70,7 +70,7 @@ def _gathered(graph: GraphProto) -> set[str]:
 
 
 def to_int8(graph: GraphProto, *, block: int = 128, integers: bool = True, tables: bool = False) -> int:
-    """Replace large weights of MatMul and Gemm by 8-bit ones in place, tables that are also gathered from included.
+    """Replace large weights of MatMul and Gemm by 8-bit ones in place, and tables that a request's ids are looked up in.
 
     Args:
         graph: what is changed.
@@ -115,10 +115,32 @@ def to_int8(graph: GraphProto, *, block: int = 128, integers: bool = True, table
         _replace(graph, node, [product, *added])
         if by_row:
             replaced[name] = codes_name, scales_name, rows.shape[1]
+    for name in sorted(_looked_up(graph) & weights.keys() - replaced.keys()):
+        rows = numpy_helper.to_array(weights[name]).astype(np.float32)
+        size = min(block, int(rows.shape[1] & -rows.shape[1]))
+        if rows.size >= LARGE and size >= 16:
+            codes, scales = rows_to_int8(rows, size)
+            replaced[name] = f"{name}_int8", f"{name}_scale", rows.shape[1]
+            graph.initializer.extend([numpy_helper.from_array(codes, replaced[name][0])])
+            graph.initializer.extend([numpy_helper.from_array(scales, replaced[name][1])])
     for gather in [n for n in graph.node if n.op_type == "Gather" and n.input[0] in replaced]:
         _replace(graph, gather, _gather_int8(graph, gather, *replaced[gather.input[0]]))
     _drop_unused(graph)
     return sum(tensor.name.endswith("_int8") for tensor in graph.initializer)
+
+
+def _looked_up(graph: GraphProto) -> set[str]:
+    """Return the names of tables that ids of a request [B, L] are looked up in, and that nothing else reads."""
+    given = {value.name for value in graph.input if len(value.type.tensor_type.shape.dim) == 2}
+    readers: dict[str, list[NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    return {
+        name
+        for name, nodes in readers.items()
+        if all(n.op_type == "Gather" and n.input[0] == name and n.input[1] in given for n in nodes)
+    }
 
 
 def _drop_unused(graph: GraphProto) -> None:
