@@ -163,6 +163,23 @@ def test_total_is_the_published_one(kind, properties, others, usage, month, expe
     assert abs(total - Decimal(expected)) <= Decimal("0.011"), source
 
 
+@pytest.mark.parametrize(("kind", "properties", "others", "usage", "month", "expected", "source"), EXAMPLES)
+def test_more_usage_never_costs_less_and_a_longer_month_neither(
+    kind, properties, others, usage, month, expected, source
+):
+    def total(values, hours):
+        given = {key: three(key, value) for key, value in values.items()}
+        made = [stack({"It": {"Type": kind, "Properties": properties}, **others})]
+        report = price(made, BOOK, Usage((("It", given),), **{**month, "hours": hours}))
+        return report.total().get("USD", (Decimal(0),) * 3)[1]
+
+    base = total(usage, Decimal(600))
+    assert base <= total(usage, Decimal(744))
+    for key, value in usage.items():
+        if key != "sync_minutes":
+            assert base <= total({**usage, key: 3 * value + 1}, Decimal(600)), key
+
+
 def test_records_are_metered_by_five_kilobytes():
     values = {"records": three("records", 1024 * 1024), "record_kb": three("record_kb", 42)}
     found = price([stack({"It": {"Type": "AWS::KinesisFirehose::DeliveryStream"}})], BOOK, Usage((("It", values),)))

@@ -90,6 +90,28 @@ def test_the_gpu_is_worth_its_price_from_the_crossing_on(release):
     assert "requests a second the GPU is not worth its price" in verdict(found)
 
 
+def test_the_verdict_names_the_crossing_points(release):
+    gpu, cpu, _ = compare(release, throughput=measured(gpu=20_000, cpu=100))
+
+    def said(*dearer):
+        """The verdict where the GPU costs more than the cluster in these spans of requests a second, less elsewhere."""
+
+        def cost(units, rate):
+            return Decimal(2 if any(low <= rate < high for low, high in dearer) else 0)
+
+        return verdict([replace(gpu, month=cost), replace(cpu, month=lambda units, rate: Decimal(1))])
+
+    assert said((0, 10**9)).startswith("The GPU is not worth its price: up to 10,000 requests")
+    assert said() == "The GPU costs less than the private cluster at every load."
+    assert said((0, 1234)).endswith("It pays from 1,230 requests a second on.")
+    assert said((0, 10), (500, 10**9)).endswith("It pays from 10 requests a second to 500.")
+    assert said((0, 10), (50, 60)).endswith("It pays from 10 requests a second on, with gaps between up to 60.")
+    assert said((50, 60)) == (
+        "The GPU costs less than the private cluster from 0.1 requests a second on, with gaps between up to 60."
+    )
+    assert said((50, 10**9)) == "The GPU costs less than the private cluster from 0.1 requests a second to 50."
+
+
 def test_a_gpu_that_takes_little_is_never_worth_its_price(release):
     assert verdict(compare(release, throughput=measured(gpu=200))).startswith(
         "The GPU is not worth its price: up to 10,000"
@@ -114,7 +136,8 @@ def test_a_graph_that_its_target_does_not_take_is_said(release):
 
 def test_throughput_of_a_benched_bundle_is_that_of_its_cores(release, tmp_path):
     path = tmp_path / "bench.json"
-    record = {"servers": {"shipyard": {"capacity": {"throughput": 80.0}}}, "processor": "a CPU", "bundle": "ab" * 32}
+    rounds = [{"recommend": {"throughput": rate}, "rank": {"throughput": 900.0}} for rate in (80.0, 20.0, 95.0)]
+    record = {"servers": {"shipyard": {"rounds": rounds}}, "processor": "a CPU", "bundle": "ab" * 32}
     path.write_text(json.dumps(record))
     env = ENV.model_copy(update={"cpu": ENV.cpu.model_copy(update={"cpu": 4096})})
     gpu, cpu, _ = compare(release, throughput=load_throughput(path), env=env)

@@ -164,6 +164,15 @@ def test_a_resource_that_becomes_unknown_is_no_fall_of_its_cost():
     assert difference(report(size), report({})).total()["USD"][1] == Decimal("-62.05")
 
 
+def test_a_resource_that_stays_is_changed_whatever_its_lines_are():
+    change = difference(
+        report({"Config": endpoint()["Config"], "Nat": {"Type": "AWS::EC2::NatGateway"}}),
+        report({"Config": endpoint()["Config"], "Nat": {"Type": "AWS::EC2::NatGateway"}}, usage_of(internet_gb=1)),
+    )
+    assert [one.sign for one in change.changes] == ["+"]
+    assert "  ~ Nat  (AWS::EC2::NatGateway)" in difference_lines(change)
+
+
 def test_a_release_that_runs_two_fleets_is_told_apart_from_the_month():
     resources = endpoint() | {
         "E": {"Type": "AWS::SageMaker::Endpoint", "Properties": {"EndpointConfigName": {"Ref": "Config"}}}
@@ -339,6 +348,8 @@ def test_a_guardrail_that_is_crossed_is_an_exit_code(ours, tmp_path, capsys):
         (["cost", "nowhere"], "nowhere: nothing is there"),
         (["cost", "{t}", "--usage", "none.toml"], "not a usage file"),
         (["cost", "{t}", "--parameter", "x"], "--parameter: not NAME=VALUE"),
+        (["cost", "{t}", "--parameter", "Size=1"], "no template has it; value: 'Size'"),
+        (["prices", "refresh", "--book", "none.csv"], "none.csv: cannot be read"),
         (["cost", "{t}", "--env", "qa"], "--env: no such environment"),
         (["cost", "{t}", "--prices", "none.csv"], "cannot be read"),
         (["cost", "diff", "{t}", "nowhere"], "nowhere: nothing is there"),

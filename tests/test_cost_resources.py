@@ -350,3 +350,36 @@ def test_tiers_are_of_the_account_and_not_of_each_resource():
     ]
     # the second 10 TB are in the second tier, which both share
     assert found == [Decimal(10240) * (Decimal("0.09") + Decimal("0.085")) / 2] * 2
+
+
+def test_a_budget_is_paid_once_however_many_actions_it_has():
+    def action(budget):
+        return {"Type": "AWS::Budgets::BudgetsAction", "Properties": {"BudgetName": budget}}
+
+    made = {"Budget": {"Type": "AWS::Budgets::Budget"}, "A": action({"Ref": "Budget"}), "B": action({"Ref": "Budget"}),
+            "C": action("other")}  # fmt: skip
+    found = {line.resource: line for line in lines(made)}
+    assert [found[name].status for name in "ABC"] == ["fixed", "free", "fixed"]
+    # 0.10 a day, 365 / 12 days
+    assert float(found["A"].amount[1]) == pytest.approx(3.0417, abs=1e-4)
+    # two budgets with actions are free, a third is not
+    free = Usage(free_tier=True)
+    assert sum(line.amount[1] for line in lines(made, free) if line.amount) == 0
+    assert sum(line.amount[1] for line in lines({**made, "D": action("third")}, free) if line.amount) > 2.9
+
+
+def test_copies_of_an_inference_component_run_on_the_instances_of_their_variant():
+    managed = {"Status": "ENABLED", "MinInstanceCount": 1, "MaxInstanceCount": 2}
+    made = {
+        "Config": {"Type": "AWS::SageMaker::EndpointConfig",
+                   "Properties": {"ProductionVariants": [variant(1, ManagedInstanceScaling=managed)]}},
+        "Component": {"Type": "AWS::SageMaker::InferenceComponent", "Properties": {"InferenceComponentName": "search"}},
+        "Target": {"Type": "AWS::ApplicationAutoScaling::ScalableTarget",
+                   "Properties": {"ResourceId": "inference-component/search", "MinCapacity": 0, "MaxCapacity": 4,
+                                  "ScalableDimension": "sagemaker:inference-component:DesiredCopyCount"}},
+    }  # fmt: skip
+    found = lines(made)
+    assert {line.resource: line.status for line in found if line.resource != "Config"} == {
+        "Component": "free", "Target": "free",
+    }  # fmt: skip
+    assert [q / 730 for q in next(line.quantity for line in found if line.resource == "Config")] == [1, 1, 2]

@@ -36,6 +36,12 @@ class Stack:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     nested: Mapping[str, "Stack"] = field(default_factory=dict)
 
+    @property
+    def declared(self) -> Mapping[str, Any]:
+        """Return the parameters that the template has, by name."""
+        found = self.template.get("Parameters")
+        return found if isinstance(found, dict) else {}
+
 
 def read_stacks(path: Path, *, region: str = "us-east-1", parameters: Mapping[str, Any] | None = None) -> list[Stack]:
     """Read every stack below a path; `region` is for templates that name none, `parameters` replace defaults.

@@ -95,6 +95,11 @@ def _stacks(path: Path, chosen: argparse.Namespace) -> list[Stack]:
     if wrong := [name for name, equals, _ in pairs if not (name and equals)]:
         raise ShipyardError("--parameter: not NAME=VALUE", value=wrong[0])
     stacks = read_stacks(path, region=chosen.region, parameters={name: value for name, _, value in pairs})
+    declared = {str(name) for stack in stacks for name in stack.declared}
+    for name, _, _ in pairs:
+        if name not in declared:
+            allowed = ", ".join(sorted(declared)) or "none: the templates have no parameters"
+            raise ShipyardError("--parameter: no template has it", value=name, allowed=allowed)
     wanted = [name for name in chosen.env.split(",") if name]
     known = {stack.name.partition("/")[0] for stack in stacks}
     for name in wanted:
@@ -156,7 +161,8 @@ def _compare(chosen: argparse.Namespace) -> int:
     load = Load(chosen.request_kb, chosen.response_kb, chosen.devices, chosen.device_cost)
     measured = load_throughput(chosen.throughput) if chosen.throughput else Throughput()
     submodel = chosen.submodel or next(iter(release.submodels))
-    book, largest = load_book(chosen.prices), {name: target.max_size_mb for name, target in fleet.target.items()}
+    book = load_book(chosen.prices)
+    largest: dict[str, float] = {name: target.max_size_mb for name, target in fleet.target.items()}
     found = places(book, env, load, release=release, submodel=submodel, measured=measured, largest=largest)
     currency = "CNY" if env.region.startswith("cn-") else "USD"
     print(write_places(found, currency) if chosen.json else comparison_markdown(found, currency), end="")

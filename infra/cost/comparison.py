@@ -5,7 +5,7 @@ from decimal import Decimal
 
 from infra.cost import svg
 from infra.cost.page import figure, page, table
-from infra.cost.places import Crossing, Place, crossings, rates, verdict
+from infra.cost.places import Crossing, Place, crossings, loads, rates, verdict
 from infra.cost.svg import Curve
 from infra.cost.words import money
 
@@ -48,7 +48,8 @@ def crossing_lines(found: Sequence[Crossing]) -> list[str]:
         mine = [one for one in found if {one.cheaper, one.dearer} == set(pair)]
         shown = mine if len(mine) <= 4 else [mine[0], mine[-1]]
         out += [
-            f"from {one.rate:.3g} requests a second the {one.cheaper} costs less than the {one.dearer}" for one in shown
+            f"from {loads(one.rate)} requests a second the {one.cheaper} costs less than the {one.dearer}"
+            for one in shown
         ]
         if len(mine) > 4:
             out.append(f"between these two {pair[0]} and {pair[1]} change places {len(mine) - 2} times, unit by unit")
@@ -87,7 +88,7 @@ def comparison_page(found: Sequence[Place], currency: str, title: str) -> str:
         f"<li>{line}</li>" for line in map(_escaped, [*crossing_lines(points), *(place.told for place in found)])
     )
     names = head(found)
-    stair = [(f"{one.rate:,.3g}", one.cheaper, one.dearer) for one in points]
+    stair = [(loads(one.rate), one.cheaper, one.dearer) for one in points]
     return page(
         title,
         verdict(found),

@@ -71,7 +71,8 @@ def _deploying(
     kind = "fargate" if "FARGATE" in shares else "fargate_spot"
     what = "the old while a release starts" if baking is None else "the old while a release bakes"
     for name, size in sizes.items():
-        item, sku, running = f"new tasks beside {what}: {name}", f"{kind}.linux.{chip}.{name}", tasks[1] * extra * size
+        item = f"{'vCPU' if name == 'vcpu' else name} of new tasks beside {what}"
+        sku, running = f"{kind}.linux.{chip}.{name}", tasks[1] * extra * size
         if baking and meter.ask("deployment_minutes") is None:
             meter.release(item, sku, running * baking / 60, of=service,
                           note="without the minutes that starting takes: deployment_minutes")  # fmt: skip

@@ -74,7 +74,11 @@ def _keyed(lines: Iterable[Line]) -> dict[tuple[str, str, str, int], Line]:
     found = {}
     for line in lines:
         # an item names its size; another size of the same thing is a change of it, not another thing
-        key = line.stack, line.path, line.item.partition(": ")[0] if line.status in ("fixed", "unknown") else line.item
+        key = (
+            line.stack,
+            line.path,
+            line.item.partition(": ")[0] if line.status in ("fixed", "unknown", "release") else line.item,
+        )
         found[*key, seen[key]] = line
         seen[key] += 1
     return found

@@ -109,12 +109,12 @@ DOCUMENTS: dict[str, type] = {"report": Document, "difference": DifferenceDocume
 
 
 @cache
-def _adapter(document: type) -> TypeAdapter[Any]:
-    return TypeAdapter(document)
+def _adapter(name: str) -> TypeAdapter[Any]:
+    return TypeAdapter(DOCUMENTS[name])
 
 
-def _text(found: object) -> str:
-    return _adapter(type(found)).dump_json(found, indent=1).decode() + "\n"
+def _text(name: str, found: object) -> str:
+    return _adapter(name).dump_json(found, indent=1).decode() + "\n"
 
 
 def write_document(report: Report) -> str:
@@ -135,7 +135,7 @@ def write_document(report: Report) -> str:
         served=report.served,
         lines=report.lines,
     )
-    return _text(found)
+    return _text("report", found)
 
 
 def write_difference(change: Difference, guardrails: Sequence[str]) -> str:
@@ -149,6 +149,7 @@ def write_difference(change: Difference, guardrails: Sequence[str]) -> str:
         for line in [one.line]
     )  # fmt: skip
     return _text(
+        "difference",
         DifferenceDocument(
             "shipyard.cost.difference/1", change.total(), change.total(release=True), change.by_environment(),
             tuple(guardrails), changes,
@@ -159,6 +160,7 @@ def write_difference(change: Difference, guardrails: Sequence[str]) -> str:
 def write_places(found: Sequence[Place], currency: str) -> str:
     """Return a comparison of places as JSON: every load, each place, the crossings, the grounds."""
     return _text(
+        "places",
         PlacesDocument(
             schema="shipyard.cost.places/1",
             currency=currency,
@@ -178,7 +180,7 @@ def write_places(found: Sequence[Place], currency: str) -> str:
                 )
                 for rate in rates()
             ),
-        )
+        ),
     )
 
 
@@ -189,7 +191,7 @@ def read_document(path: Path) -> Report:
         ShipyardError: the file is no report.
     """
     try:
-        found: Document = _adapter(Document).validate_json(path.read_bytes())
+        found: Document = _adapter("report").validate_json(path.read_bytes())
     except (OSError, ValidationError) as fault:
         told = fault.errors()[0]["msg"] if isinstance(fault, ValidationError) else fault
         raise ShipyardError(f"{path}: not a cost report: {told}", mend="shipyard cost --save FILE writes one") from None
@@ -198,4 +200,4 @@ def read_document(path: Path) -> Report:
 
 def json_schema(document: str = "report") -> dict[str, Any]:
     """Return the JSON schema of a document, by its name in DOCUMENTS."""
-    return _adapter(DOCUMENTS[document]).json_schema(mode="serialization")
+    return _adapter(document).json_schema(mode="serialization")

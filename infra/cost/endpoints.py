@@ -112,7 +112,8 @@ def endpoint(meter: Meter, index: Index) -> None:
     for variant in [*shape.items("ProductionVariants"), *shape.items("ShadowProductionVariants")]:
         if variant.get("ServerlessConfig") is not None:
             continue
-        (size, _), fleet = _size(variant), variant.number("InitialInstanceCount", 1)
+        (size, _), name = _size(variant), variant.text("VariantName", "variant")
+        fleet = _instances(meter, index, variant, name, meter.resource)[0][1]  # what is expected to run then
         count, baking = _rolling(policy, fleet) if rolling else (fleet, _baking(policy, fleet))
         variant.reads.update(policy.reads)
         item = f"{'batch beside the old' if rolling else 'second fleet'} while a release bakes: {size}"

@@ -7,6 +7,8 @@ from pathlib import Path
 from infra.cost.document import DOCUMENTS
 from infra.cost.places import Load
 
+BOOK = Path("infra/cost/prices/aws.csv")
+
 ABOUT = """\
 Prices synthesized templates offline: `make synth`, then `shipyard cost`. Every resource is priced, free with a reason, or
 unknown. docs/cost.md tells the usage file, the price book and the JSON.
@@ -69,9 +71,7 @@ def prices_grammar() -> argparse.ArgumentParser:
         "of more than 10 % is held back and listed until --confirm; the book is replaced whole, or not at all."
     ))  # fmt: skip
     top.add_argument("what", choices=["refresh"])
-    top.add_argument(
-        "--book", type=Path, required=True, metavar="FILE", help="price book, as infra/cost/prices/aws.csv"
-    )
+    top.add_argument("--book", type=Path, default=BOOK, metavar="FILE", help="price book (default: %(default)s)")
     top.add_argument(
         "--region", action="append", default=[], help="regions to read (default: those of the book's rows)"
     )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,9 +74,8 @@ class Place:
     @property
     def told(self) -> str:
         """Return what a unit takes, and how that is known."""
-        takes = f"{self.unit_rate:,.0f}" if self.unit_rate >= 100 else f"{self.unit_rate:.3g}"
         return (
-            f"{self.name}: one {self.unit} takes {takes} requests a second ({self.grounds}); "
+            f"{self.name}: one {self.unit} takes {loads(self.unit_rate)} requests a second ({self.grounds}); "
             f"at least {self.least}, each given 60 % of that"
         )
 
@@ -119,9 +119,9 @@ def load_throughput(path: Path) -> Throughput:
 
 
 def _benched(record: Mapping[str, Any]) -> Throughput:
-    ours = record["servers"]["shipyard"]
+    rounds = [one["recommend"]["throughput"] for one in record["servers"]["shipyard"]["rounds"]]
     told = f"shipyard bench of the bundle {record['bundle'][:12]}, its server on one core of {record['processor']}"
-    return Throughput(cpu=Measured(requests_per_second=ours["capacity"]["throughput"], measured=told, cores=1))
+    return Throughput(cpu=Measured(requests_per_second=statistics.median(rounds), measured=told, cores=1))
 
 
 def places(
@@ -243,19 +243,32 @@ def crossings(found: Sequence[Place]) -> list[Crossing]:
 
 
 def verdict(found: Sequence[Place]) -> str:
-    """Say at which loads the GPU costs least, or that it is not worth its price."""
-    gpu = found[0]
-    cluster = found[1]
-    worth = [rate for rate in rates() if gpu.cost(rate) < cluster.cost(rate)]
+    """Say at which loads the GPU costs less than the private cluster, or that it is not worth its price."""
+    gpu, cluster = found[0], found[1]
+    points = crossings([gpu, cluster])
+    worth = [one.rate for one in points if one.cheaper == gpu.name]
+    first = gpu.cost(rates()[0]) < cluster.cost(rates()[0])
     doubt = " Its throughput is assumed: measure it before you decide." if gpu.assumed else ""
-    if not worth:
-        most = rates()[-1]
-        return f"The GPU is not worth its price: up to {most:,.0f} requests a second the private cluster costs less.{doubt}"
-    always = [rate for rate in rates() if rate >= worth[0]] == worth
-    span = "on" if always else f"to {worth[-1]:.3g}, with gaps between"
-    if worth[0] == rates()[0]:
-        return f"The GPU costs less than the private cluster from {worth[0]:.3g} requests a second {span}.{doubt}"
-    return (
-        f"Below {worth[0]:.3g} requests a second the GPU is not worth its price: the private cluster costs less. "
-        f"It pays from {worth[0]:.3g} requests a second {span}.{doubt}"
+    if not worth and not first:
+        most = loads(rates()[-1])
+        return f"The GPU is not worth its price: up to {most} requests a second the private cluster costs less.{doubt}"
+    if not points:
+        return f"The GPU costs less than the private cluster at every load.{doubt}"
+    last = points[-1]
+    end = "on" if last.cheaper == gpu.name else f"to {loads(last.rate)}"
+    gaps = (
+        f", with gaps between{f' up to {loads(last.rate)}' if end == 'on' else ''}"
+        if len(points) > (1 if first else 2)
+        else ""
     )
+    if first:
+        return f"The GPU costs less than the private cluster from {loads(rates()[0])} requests a second {end}{gaps}.{doubt}"
+    return (
+        f"Below {loads(worth[0])} requests a second the GPU is not worth its price: the private cluster costs less. "
+        f"It pays from {loads(worth[0])} requests a second {end}{gaps}.{doubt}"
+    )
+
+
+def loads(rate: Decimal) -> str:
+    """Return requests a second as people write them: three digits that count, no exponent."""
+    return f"{Decimal(f'{rate:.3g}').normalize():,f}"

@@ -47,6 +47,7 @@ FREE_TIER: dict[str, tuple[str, int]] = {
     "egress.internet": ("egress.internet", 100),
     "codebuild.linux.general1.small": ("codebuild", 100),
     "codepipeline.v2.action_minute": ("codepipeline", 100),
+    "budgets.action_enabled": ("budgets", 62),
 }
 """What each account has for nothing each month, for good, by pool (AWS Free Tier, "Always free"); off unless asked."""
 

@@ -5,7 +5,7 @@ from decimal import Decimal
 from infra.cost.lines import Meter
 from infra.cost.networking import begun
 from infra.cost.resolve import Unknown
-from infra.cost.scaling import Index, Pricer, limits
+from infra.cost.scaling import Index, Pricer, limits, property_of
 from infra.cost.usage import HOURS, KB_PER_GB
 
 ONE = Decimal(1)
@@ -234,8 +234,14 @@ def trail(meter: Meter, index: Index) -> None:
 
 
 def budgets_action(meter: Meter, index: Index) -> None:
-    """Price a budget's action by the day."""
-    meter.monthly("budget with an action, by the day", "budgets.action_enabled", Decimal("30.4"))
+    """Price a budget that has actions by the day, once however many it has."""
+    budget = str(property_of(meter.resource, "BudgetName"))
+    same = [other for other in index.of(meter.resource.type) if str(property_of(other, "BudgetName")) == budget
+            and other.scope.stack.account == meter.resource.scope.stack.account]  # fmt: skip
+    first = min(same, key=lambda other: (other.scope.stack.name, other.id))
+    if first is not meter.resource:
+        return meter.free(f"its budget is counted with {first.id}")
+    return meter.monthly("budget with actions, by the day", "budgets.action_enabled", HOURS / 24)
 
 
 def pipeline(meter: Meter, index: Index) -> None:

@@ -111,6 +111,7 @@ def report_markdown(report: Report, crossed: Sequence[str] = ()) -> str:
 def tree(change: Difference) -> list[str]:
     """Return the changes as a tree of + - ~ by stack and resource."""
     out: list[str] = []
+    before, after = ({(line.stack, line.path) for line in report.lines} for report in (change.old, change.new))
     stack = path = None
     for one in change.changes:
         if one.line.stack != stack:
@@ -118,7 +119,8 @@ def tree(change: Difference) -> list[str]:
             out.append(str(stack))
         if one.line.path != path:
             path = one.line.path
-            out.append(f"  {one.sign} {path.removeprefix(f'{stack}/')}  ({one.line.type})")
+            sign = "+" if (stack, path) not in before else "-" if (stack, path) not in after else "~"
+            out.append(f"  {sign} {path.removeprefix(f'{stack}/')}  ({one.line.type})")
         out.append(f"    {one.sign} {one.line.item}: {_delta(one)}")
         out += [f"        {told}" for told in one.why]
     return out
