@@ -23,7 +23,7 @@ setup: .venv/.complete node_modules/.complete ## make .venv from constraints.txt
 .venv/.complete: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Shipyard needs Python 3.11 or newer; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,export,infra,aws,cpu,edge,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,export,infra,aws,cpu,edge,federate,dev]'
 	touch $@
 
 node_modules/.complete: package-lock.json

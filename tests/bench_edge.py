@@ -2,16 +2,15 @@
 
 Run by `make bench-edge`; prints a table, writes build/bench/edge.json, and exits with 1 where a figure misses its aim. Three
 models of the same store are made of all households, by a short training: last week's; that one with a week of baskets more,
-of which the vectors and popularities of what was bought at least five times learn while all else is held (a warm update);
-and one that was trained anew on the same data. The shipped archive is installed by its own script and serves on one core; a
-client on another one asks it the bundle's golden requests over one connection. Stages that are done are skipped.
+as `shipyard warm` makes it; and one that was trained anew on the same data. The shipped archive is installed by its own
+script and serves on one core; a client on another one asks it the golden requests over one connection. Stages that are
+done are skipped.
 """
 
 import argparse
 import json
 import os
 import platform
-import shutil
 import socket
 import statistics
 import subprocess
@@ -25,14 +24,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file
 
-from models.behaviour import TRAIN, load_behaviour
 from models.config import load_fleet
 from models.release import attest
 from serve.engine import machine
@@ -40,19 +36,13 @@ from serve.files import sha256_file
 from serve.greengrass import recipe
 from serve.greengrass.delta import make_delta
 from serve.trust import MANIFEST
-from shipyard.finetune import parts
-from shipyard.joint import RATE, Trainer, build_joint, load_vectors
 from shipyard.release import RUNTIME, Line
-from shipyard.stage import Record
-from shipyard.train import save
+from shipyard.weekly import WeeklyLine
 from tests.conftest import ROOT
 
 NAME, ARTIFACT = "edge_recommend", "edge-recommend"
 WEEK = timedelta(days=7)
-OFTEN = 5
-"""Purchases in the new week from which on a product's vector and popularity learn from it."""
-
-WARM_STEPS, STARTS, REQUESTS, WARM_UP = 40, 5, 2000, 200
+STARTS, REQUESTS, WARM_UP = 5, 2000, 200
 PROFILE = """
 [profile.bench]
 households = 0
@@ -82,61 +72,13 @@ def line(fleet, build, back=timedelta(0)):
     return Line(fleet, "bench", ROOT, build, lambda *_: None, run)
 
 
-def warm(before, after, out):
-    """Go on from last week's model with the baskets of the new week; return the record of fine-tuning."""
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    last = before.finetune
-    for file in ("tower.safetensors", "before.safetensors", "after.safetensors", "tokenizer.json"):
-        shutil.copy(last.folder / file, out / file)
-    behaviour, vectors = load_behaviour(after.data.folder), load_vectors(out / "after.safetensors")
-    weights = {name: after.fleet.submodel[name].weight for name in after.names}
-    joint = build_joint(behaviour, vectors, after.fleet.finetune, after.names)
-    trainer, known = Trainer(joint, behaviour, vectors, weights), load_file(last.folder / "joint.safetensors")
-    # what the store sells for the first time begins with its popularity, the rest with what was learned of it
-    baskets = behaviour.baskets(TRAIN, fewest=10)
-    trainer.prepare(baskets[:512], behaviour.searches.of(TRAIN)[:0])
-    old = Trainer(joint, load_behaviour(before.data.folder), vectors, weights).batches.rows
-    for name, rows in trainer.batches.rows.items():
-        bias, [_, here, there] = joint.bias[name].detach().clone(), np.intersect1d(rows, old[name], return_indices=True)
-        bias[here] = known[f"bias.{name}"][there]
-        known[f"bias.{name}"] = bias
-    joint.load_state_dict(known)
-    joint.eval()  # the same figures each time: nothing is dropped
-    day = behaviour.day[behaviour.start[baskets]]
-    fresh, rng = baskets[day >= day.max() - WEEK.days], np.random.default_rng(7)
-    kept = untold(trainer, fresh)
-    identity = joint.tables["of_product"].identity.weight
-    optimiser = torch.optim.AdamW([identity, *joint.bias.values()], lr=RATE, weight_decay=0.0)
-    for _ in range(WARM_STEPS):
-        batch = trainer.draw(rng.choice(fresh, 64), behaviour.searches.of(TRAIN)[:0], 4000, rng)
-        optimiser.zero_grad()
-        sum(trainer.losses(batch).values()).backward()
-        identity.grad[kept] = 0.0
-        for name, rows in trainer.batches.rows.items():
-            joint.bias[name].grad[kept[rows]] = 0.0
-        optimiser.step()
-    save(out / "joint.safetensors", joint.state_dict())
-    return Record(out, sha256_file(out / "joint.safetensors"), last.said | {"parts": parts(joint, out)}, skipped=False)
-
-
-def untold(trainer, fresh):
-    """Return which products [N + 1] were bought too seldom in these baskets to tell anything of them."""
-    rows = np.r_[0, trainer.batches.rows["recommend"]]
-    counts = np.zeros(len(trainer.behaviour.item) + 1, np.int64)
-    for some in np.array_split(fresh, 1 + len(fresh) // 512):
-        views = trainer.batches.views(some, trainer.behaviour.queries(some), trainer.behaviour.searches.of(TRAIN)[:0])
-        np.add.at(counts, rows[views["recommend"].bought.ravel()], 1)
-    return torch.from_numpy(counts < OFTEN)
-
-
 def models(fleet, build):
     """Return the lines of last week's model, of the warm update and of the retraining, by name."""
     before, retrained = line(fleet, build / "last-week", WEEK), line(fleet, build / "retrained")
     for found in (before, retrained):
         found.bundle(NAME)
-    updated = line(fleet, build / "warm")
-    updated.__dict__.update(data=retrained.data, finetune=warm(before, retrained, build / "warm" / "finetuned"))
+    updated = WeeklyLine(retrained.fleet, "bench", ROOT, build / "warm", lambda *_: None, run, earlier=before.build)
+    updated.__dict__["data"] = retrained.data
     return {"last week's": before, "warm update": updated, "retrained": retrained}
 
 

@@ -131,7 +131,7 @@ def test_a_graph_that_its_target_does_not_take_is_said(release):
     gpu, cpu, edge = compare(release, throughput=measured())
     assert "[target." not in gpu.told
     assert "graph of 144.9 MB is over the 100 MB of [target.cpu]" in cpu.told
-    assert "is over the 25 MB of [target.edge]: not deployed there as it is" in edge.told
+    assert "is over the 40 MB of [target.edge]: not deployed there as it is" in edge.told
 
 
 def test_throughput_of_a_benched_bundle_is_that_of_its_cores(release, tmp_path):

@@ -19,12 +19,15 @@ from models.release import File, artifact_key, attest, files_digest, read_releas
 from serve.errors import ShipyardError
 from serve.files import sha256_file
 from serve.greengrass import recipe
-from serve.greengrass.protocol import SHADOW, delta_key, read_told
+from serve.greengrass.telemetry import Telemetry
+from serve.greengrass.words import SHADOW, delta_key, read_told
 from serve.trust import MANIFEST, load_keys
-from shipyard import components, rollout
+from shipyard import components, devices, edge, rollout
 from shipyard.bundle import _version, write_zip
+from shipyard.console import Reporter
+from shipyard.devices import Clients
 from shipyard.lock import lock
-from shipyard.rollout import Clients
+from shipyard.merge import Terms
 from shipyard.s3 import S3Store
 
 ENV = load_fleet(ROOT / "fleet.toml").env["dev"]
@@ -148,9 +151,9 @@ class Aws:
             canary=canary, wait=wait, pause=0,
         )  # fmt: skip
 
-    def device(self, thing, *, fault="", echo=True):
+    def device(self, thing, *, fault="", echo=True, learned=None):
         """Do what a device does: serve what it was told, or say why not."""
-        told = rollout.look(self.clients, thing).told
+        told = devices.look(self.clients, thing).told
         text = json.loads(self.clients.shadows.get_thing_shadow(thingName=thing, shadowName=SHADOW)["payload"].read())
         models = {name: wanted.manifest for name, wanted in told.models.items()}
         report = {
@@ -159,13 +162,17 @@ class Aws:
             "models": models,
             "fault": fault,
         }
+        if learned is not None:
+            device = Telemetry()
+            device.answered(NAME, 0.002, [{"products": [{"score": 1.0}]}] * 7)
+            report["telemetry"] = json.loads(device.close()) | {"learned": {NAME: [models[NAME][:16], *learned]}}
         reported = {"report": json.dumps(report)} | ({"told": text["state"]["desired"]["told"]} if echo else {})
         self.clients.shadows.update_thing_shadow(
             thingName=thing, shadowName=SHADOW, payload=json.dumps({"state": {"reported": reported}})
         )
 
     def canaries(self, **how):
-        for thing in rollout.things(self.clients, f"{ENV.edge.thing_group}-canary"):
+        for thing in devices.things(self.clients, f"{ENV.edge.thing_group}-canary"):
             self.device(thing, **how)
 
 
@@ -282,12 +289,12 @@ def test_a_rollout_ends_where_canaries_fail_and_a_rollback_brings_them_back(aws)
     with pytest.raises(ShipyardError):
         aws.rollout(two, deltas)
     canary = f"{ENV.edge.thing_group}-canary-0"
-    wanted = rollout.look(aws.clients, canary).told.models[NAME]
+    wanted = devices.look(aws.clients, canary).told.models[NAME]
     assert wanted.delta == deltas[NAME][one.artifacts[0].manifest]  # from what this device serves
     aws.canaries(fault="generation 2: golden answer 0 differs")
     with pytest.raises(ShipyardError, match=r"canaries failed; .*value: '2 of 2'"):
         aws.rollout(two, deltas)
-    told = rollout.status(aws.clients, ENV.edge)
+    told = devices.status(aws.clients, ENV.edge)
     assert told["canary"]["devices"] == {"in step": 0, "behind": 0, "silent": 0, "failed": 2}
     assert set(told["canary"]["faults"].values()) == {"generation 2: golden answer 0 differs"}
     assert told["fleet"]["devices"]["silent"] == 3  # they never spoke
@@ -297,23 +304,45 @@ def test_a_rollout_ends_where_canaries_fail_and_a_rollback_brings_them_back(aws)
     said = aws.rollout(one, canary=False)
     assert said["canary"]["told"] == 2 and said["canary"]["deployment"]
     assert said["fleet"]["told"] == 0 and said["fleet"]["deployment"] is None  # the fleet never left it
-    back = rollout.look(aws.clients, canary).told
+    back = devices.look(aws.clients, canary).told
     assert back.generation == said["generation"] > 2 and back.models[NAME].manifest == one.artifacts[0].manifest
     aws.canaries()
-    assert rollout.status(aws.clients, ENV.edge)["canary"]["devices"]["in step"] == 2
+    assert devices.status(aws.clients, ENV.edge)["canary"]["devices"]["in step"] == 2
 
 
 def test_status_tells_who_is_behind_and_who_is_silent(aws, monkeypatch):
     found = aws.made.release(1)
     aws.publish(found)
     aws.rollout(found, canary=False)
-    fleet = rollout.things(aws.clients, ENV.edge.thing_group)
+    fleet = devices.things(aws.clients, ENV.edge.thing_group)
     aws.device(fleet[0])
     aws.device(fleet[1], echo=False)
-    devices = rollout.status(aws.clients, ENV.edge)["fleet"]["devices"]
-    assert devices == {"in step": 1, "behind": 1, "silent": 1, "failed": 0}
-    monkeypatch.setattr(rollout, "SILENT_S", -1)
-    assert rollout.status(aws.clients, ENV.edge)["fleet"]["devices"]["silent"] == 3
+    standing = devices.status(aws.clients, ENV.edge)["fleet"]["devices"]
+    assert standing == {"in step": 1, "behind": 1, "silent": 1, "failed": 0}
+    monkeypatch.setattr(devices, "SILENT_S", -1)
+    assert devices.status(aws.clients, ENV.edge)["fleet"]["devices"]["silent"] == 3
+
+
+def test_what_devices_have_learned_is_merged_once(aws, capsys):
+    found = aws.made.release(1)
+    aws.publish(found)
+    aws.rollout(found, canary=False)
+    things = [t for group in devices.groups(ENV.edge).values() for t in devices.things(aws.clients, group)]
+    for number, thing in enumerate(things):
+        aws.device(thing, learned=[1.2, 0.1 * number, 100])
+    terms = Terms(devices=5, evidence=100)
+    # the totals of all devices, beside where they stand
+    counted = devices.status(aws.clients, ENV.edge)
+    assert [counted[label]["totals"][NAME]["requests"] for label in ("canary", "fleet")] == [2 * 7, 3 * 7]
+    for _ in range(2):  # what was merged is not there a second time
+        merged = edge._merge(found, aws.clients, ENV, terms, Reporter())
+        assert merged["edge_recommend"]["correction"] == pytest.approx([1.2, 0.2], abs=1e-6)
+        assert merged["edge_recommend"]["evidence"] == 500 and merged["edge_recommend"]["of"] == found.version
+    with pytest.raises(ShipyardError, match=r"edge merge: edge_recommend: too few devices .*value: 5; allowed: 6"):
+        edge._merge(found, aws.clients, ENV, dataclasses.replace(terms, devices=6), Reporter())
+    # of the next release nothing is known yet
+    with pytest.raises(ShipyardError, match="value: 0"):
+        edge._merge(aws.made.release(2), aws.clients, ENV, terms, Reporter())
 
 
 def test_what_a_device_is_told_is_what_it_reads(aws):

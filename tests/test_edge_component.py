@@ -101,6 +101,11 @@ def test_a_device_may_speak_of_its_own_shadow_alone():
     policies = configured()["accessControl"]["aws.greengrass.ipc.mqttproxy"]
     topics = {topic for policy in policies.values() for topic in policy["resources"]}
     assert all(topic.startswith("$aws/things/{iot:thingName}/shadow/name/shipyard/") for topic in topics)
+    clients = configured()["accessControl"]["aws.greengrass.ipc.pubsub"]
+    assert {op: policy["resources"] for policy in clients.values() for op in policy["operations"]} == {
+        "aws.greengrass#SubscribeToTopic": ["shipyard/ask"], "aws.greengrass#PublishToTopic": ["shipyard/answer/*"],
+    }  # fmt: skip
+    assert not policies.keys() & clients.keys()
     assert {topic.split("/shipyard/")[1] for topic in topics} == {
         "get", "update", "get/accepted", "get/rejected", "update/delta",
     }  # fmt: skip
@@ -124,10 +129,8 @@ def test_lock_holds_the_pinned_versions_and_a_digest_of_every_wheel():
 def test_vendored_packages_are_those_that_the_code_imports():
     modules = ("serve.greengrass.device", "serve.greengrass.download", "serve.greengrass.install")
     _, libraries = closure(modules)
-    # the tokenizer is search's, which no device has; botocore comes with boto3
-    assert {canonicalize_name(name) for name in libraries} - {"tokenizers", "botocore"} <= {
-        canonicalize_name(r) for r in ROOTS
-    }
+    # botocore comes with boto3
+    assert {canonicalize_name(name) for name in libraries} - {"botocore"} <= {canonicalize_name(r) for r in ROOTS}
 
 
 # --- the component on a machine --------------------------------------------------------------------------------------
@@ -173,12 +176,13 @@ class Machine:
         environment = ["PATH=/usr/bin:/bin", *(f"{k}={v}" for k, v in setenv().items())]
         return ["env", "-i", *environment, "sh", "-c", self.script(phase)]
 
-    def deploy(self, bundle, name="edge-recommend", version="1.0.7"):
-        """Unpack a model as the nucleus would, and name it to the runtime."""
+    def deploy(self, bundle, name="edge-recommend", version="1.0.7", beside=False):
+        """Unpack a model as the nucleus would, and name it to the runtime, `beside` those before or alone."""
         folder = self.unarchived / recipe.model_component(name) / version / name
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(bundle.folder, folder)
-        self.words = f"{recipe.model_component(name)}/{version}/{name}/{bundle.attestation}"
+        word = f"{recipe.model_component(name)}/{version}/{name}/{bundle.attestation}"
+        self.words = f"{self.words} {word}" if beside else word
         self.trusted = bundle.trusted
         return folder
 
@@ -234,6 +238,7 @@ LIMITED = (os.uname().machine != "x86_64" or os.geteuid() != 0) and "needs root 
 @pytest.mark.skipif(bool(LIMITED), reason=str(LIMITED))
 def test_archive_installs_and_serves_without_a_network_as_nobody(archive, tmp_path):
     made = edge_bundle(tmp_path / "made")
+    search = make_bundle(tmp_path / "search", search=True)
     # nobody has to pass the folders above
     root = Path("/var/tmp") / f"shipyard-edge-{os.getpid()}"
     machine = Machine(root, free_port())
@@ -243,6 +248,7 @@ def test_archive_installs_and_serves_without_a_network_as_nobody(archive, tmp_pa
         with zipfile.ZipFile(archive) as stream:
             stream.extractall(machine.code / "edge-runtime-amd64")
         machine.deploy(made)
+        machine.deploy(type(made)(search.folder, "local-search", made.key), "local-search", beside=True)
         root.chmod(0o755)
         for path in (root, *root.rglob("*")):
             os.chown(path, 65534, 65534)
@@ -279,7 +285,8 @@ def _install_and_serve(machine, tmp_path):
         answers = within_namespace(namespace, machine.port)
     finally:
         stop(process)
-    assert answers == [200, 3]
+    # the tokenizer makes token 7 of milk, which this graph adds to row 7
+    assert answers == [200, 3, PRODUCTS[6]]
     outbound(trace)
     assert not list(machine.root.rglob("deviceid"))
 
@@ -298,7 +305,9 @@ def within_namespace(namespace, port):
         "        time.sleep(0.1)\n"
         "body = json.dumps({'history': [], 'k': 3}).encode()\n"
         "answer = urllib.request.urlopen(f'http://127.0.0.1:{port}/edge-recommend/v1/recommend', body)\n"
-        "print(json.dumps([ready, len(json.load(answer)['products'])]))\n"
+        "body = json.dumps({'query': 'milk', 'k': 1}).encode()\n"
+        "found = urllib.request.urlopen(f'http://127.0.0.1:{port}/local-search/v1/search', body)\n"
+        "print(json.dumps([ready, len(json.load(answer)['products']), json.load(found)['products'][0]['product']]))\n"
     )
     done = subprocess.run(
         ["nsenter", f"--net={namespace}", sys.executable, "-c", code, str(port)],

@@ -8,6 +8,7 @@ SHIPYARD_DEVICES, SHIPYARD_ROUNDS and SHIPYARD_SEED choose another course; `make
 import dataclasses
 import json
 import os
+import queue
 import random
 import shutil
 import socket
@@ -27,7 +28,7 @@ from test_edge_component import Machine, ask, edge_bundle, free_port
 from models.release import attest
 from serve.files import sha256_file
 from serve.greengrass.delta import make_delta
-from serve.greengrass.protocol import Delta, Pointer, Told, archive_key, delta_key, write_told
+from serve.greengrass.words import ANSWER, ASK, Delta, Pointer, Told, archive_key, delta_key, write_told
 from serve.trust import MANIFEST
 from shipyard.bundle import write_zip
 
@@ -289,3 +290,44 @@ def test_devices_on_a_real_broker_serve_what_is_proved_and_end_in_step(tmp_path)
             device.stop()
         shadows.client.loop_stop()
         broker.down()
+
+
+def test_local_clients_ask_by_the_broker_too(tmp_path):
+    """A store's gateway with a broker of its own: the shipped process hears, answers and learns by publish and subscribe."""
+    broker = Broker(tmp_path)
+    center = Center(tmp_path / "center", None, [])
+    device = Device(tmp_path, "shipyard-dev-0", center, broker, random.Random(0))
+    answers = queue.Queue()
+    till = mqtt.Client(CallbackAPIVersion.VERSION2, client_id="till-7")
+    till.on_connect = lambda c, *_: c.subscribe(f"{ANSWER}/till-7", 1)
+    till.on_message = lambda _, __, message: answers.put(json.loads(message.payload))
+
+    def asked(task, request):
+        """Ask until there is an answer: the device may still be connecting."""
+        question = {"id": task, "client": "till-7", "model": NAME, "task": task, "request": request}
+        for _ in range(60):
+            till.publish(ASK, json.dumps(question))
+            try:
+                while (told := answers.get(timeout=1))["id"] != task:
+                    pass  # of a question before
+                return told
+            except queue.Empty:
+                continue
+        raise TimeoutError((device.machine.root / "log").read_text()[-2000:])
+
+    try:
+        till.connect("127.0.0.1", broker.port)
+        till.loop_start()
+        device.start(deadly=False)
+        told = asked("recommend", {"history": [], "k": 2})
+        assert told["status"] == 200 and [p["product"] for p in told["answer"]["products"]] == [1007, 1014]
+        visit = {"id": "visit", "shown": [{"score": p["score"], "taken": True} for p in told["answer"]["products"]]}
+        first = asked("feedback", visit)
+        assert first["id"] == "feedback" and first["answer"]["counted"] in (0, 2)
+        assert asked("feedback", visit)["answer"] == {"counted": 0}
+    finally:
+        device.stop()
+        till.loop_stop()
+        broker.down()
+    kept = json.loads((device.machine.work / "telemetry.json").read_text())
+    assert kept["learned"]["models"][NAME]["evidence"] == 2

@@ -15,35 +15,29 @@ from hypothesis import strategies as st
 from models.release import File, artifact_key, attest, files_digest
 from serve.errors import ShipyardError
 from serve.files import sha256_file
-from serve.greengrass.agent import Agent, Topics
+from serve.greengrass.agent import Agent
 from serve.greengrass.delta import make_delta
 from serve.greengrass.local import Desk
 from serve.greengrass.protocol import (
-    LARGEST_TOLD,
     TRIES,
-    Delta,
     Failed,
     Fetch,
     Fetched,
     Heard,
     Opened,
-    Pointer,
     Prove,
     Proved,
     Serve,
     Started,
     State,
-    Told,
-    archive_key,
-    delta_key,
     read_state,
-    read_told,
     step,
     write_state,
-    write_told,
 )
+from serve.greengrass.shadow import Topics
 from serve.greengrass.store import Store
 from serve.greengrass.telemetry import EDGES_MS, Telemetry, add, total
+from serve.greengrass.words import LARGEST_TOLD, Delta, Pointer, Told, archive_key, delta_key, read_told, write_told
 from serve.trust import MANIFEST, key_id
 from shipyard.bundle import write_zip
 
@@ -321,7 +315,7 @@ class Device:
             raise ShipyardError("not whole")
         if manifest in self.world.poison:
             raise ShipyardError("golden answer 0 differs")
-        return types.SimpleNamespace(manifest=manifest)
+        return types.SimpleNamespace(digest=manifest, manifest={})
 
     def alive(self, work):
         """Do something on a device that runs, until it is done or the power goes."""
@@ -347,7 +341,7 @@ class Device:
     def check(self):
         if self.agent is None:
             return
-        [served] = [model.manifest for model in self.desk.models.values()]
+        [served] = [model.digest for model in self.desk.models.values()]
         # whole, attested and proved, whatever happened
         assert Store.is_whole(self.agent._store, NAME, served)
         assert served not in self.world.poison
@@ -377,7 +371,7 @@ def live(world, draw, steps):
             case 2:
                 found = world.bucket.make(draw(6)).manifest
                 if found != world.base.manifest and all(d.highest == 0 or d.agent for d in world.devices):
-                    serving = {m.manifest for d in world.devices for m in d.desk.models.values()}
+                    serving = {m.digest for d in world.devices for m in d.desk.models.values()}
                     world.poison |= {found} - serving - {m for d in world.devices for m in known(d)}
             case 3:
                 world.bucket.up = not world.bucket.up

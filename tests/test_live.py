@@ -8,7 +8,7 @@ from greengrass_endpoint import Endpoint
 
 from models.release import read_release
 from serve.errors import ShipyardError
-from serve.greengrass.protocol import SHADOW
+from serve.greengrass.words import SHADOW
 from shipyard import delivery, live, operate, rollout
 from shipyard.lock import component, edge_artifacts
 from tests.test_delivery import ACCOUNT, aws, project  # noqa: F401 -- fixtures

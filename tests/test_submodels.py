@@ -14,12 +14,21 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, Made
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from models import submodel, trunk
 from models.behaviour import LEVELS, VALIDATION, load_behaviour
 from models.config import load_fleet
+from models.release import attest
 from serve.errors import ShipyardError
+from serve.files import sha256_file
+from serve.greengrass.device import prove
+from serve.greengrass.local import Desk
+from serve.greengrass.shadow import update
+from serve.greengrass.store import Store
+from serve.greengrass.telemetry import Telemetry
 from serve.history import FEATURES, OFFER
+from serve.trust import MANIFEST, key_id
 from shipyard.examples import Examples, load_joint
 from shipyard.joint import request
 
@@ -140,16 +149,23 @@ def blocks(language: str) -> list[str]:
 
 
 def test_readme_adds_a_submodel(tmp_path: Path) -> None:
-    """Take the file and the entry of the README, put them into a copy of the project, and bundle it."""
+    """Take the file and the entry of the README, put them into a copy of the project, bundle it, and ask it on a desk.
+
+    A second file places suggestions beside it: two of the tasks that a device has besides recommendation.
+    """
     [code] = [block for block in blocks("python") if "TASK" in block]
     [entry] = [block for block in blocks("toml") if "[submodel." in block]
     name = re.search(r"\[submodel\.(\w+)\]", entry)[1]
     for folder in ("models", "packaging"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "models" / f"{name}.py").write_text(code)
+    suggest = (ROOT / "models" / "intent.py").read_text()
+    (tmp_path / "models" / "local_intent.py").write_text(suggest)
     # its rows are one store's, where fewer searches have an answer
     tiny = TINY.replace("households = 60", "households = 200")
-    (tmp_path / "fleet.toml").write_text((ROOT / "fleet.toml").read_text() + tiny + entry)
+    (tmp_path / "fleet.toml").write_text(
+        (ROOT / "fleet.toml").read_text() + tiny + entry + '[submodel.local_intent]\ntarget = "edge"\n'
+    )
     done = subprocess.run(
         [sys.executable, "-m", "shipyard.cli", "bundle", "--profile", "tiny", "--json"],
         cwd=tmp_path,
@@ -160,8 +176,10 @@ def test_readme_adds_a_submodel(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     made = json.loads(done.stdout)
-    assert set(made) == {*FLEET.submodel, name, "edge_runtime", "gateway"}
-    assert made[name]["kind"] == "triton"
+    assert set(made) == {*FLEET.submodel, name, "local_intent", "edge_runtime", "gateway"}
+    assert made[name]["kind"] == made["local_intent"]["kind"] == "greengrass-model"
+    needed = made["edge_runtime"]["template"]["recipe"]["ComponentDependencies"]
+    assert {"shipyard.edge-recommend", "shipyard.local-search", "shipyard.local-intent"} <= needed.keys()
     bundle = tmp_path / "build" / "tiny" / name / "bundle" / "bundle"
     manifest = json.loads((bundle / "bundle.json").read_text())
     assert manifest["name"] == name.replace("_", "-")
@@ -172,3 +190,35 @@ def test_readme_adds_a_submodel(tmp_path: Path) -> None:
     everything = json.loads((tmp_path / "build/tiny/search/bundle/bundle/catalogue.json").read_text())["products"]
     assert products == local
     assert set(products) < set(everything)
+    ask_on_a_device(tmp_path / "build" / "tiny")
+
+
+def ask_on_a_device(build: Path) -> None:
+    """Attest the edge's bundles, prove them as a device does, and ask each for what it is for."""
+    key = Ed25519PrivateKey.generate()
+    store, models, manifests = Store(build / "device", {key_id(key.public_key()): key.public_key()}), {}, {}
+    for name in ("edge-recommend", "local-search", "local-intent"):
+        folder = build / name.replace("-", "_") / "bundle" / "bundle"
+        manifests[name] = store.adopt(name, folder, attest(name, sha256_file(folder / MANIFEST), key))
+        models[name] = prove(store, name, manifests[name], budget_ms=5000)
+    desk = Desk(Telemetry())
+    desk.change(models, manifests)
+    for name, task, answers in (
+        ("edge-recommend", "recommend", "products"), ("local-search", "search", "products"),
+        ("local-intent", "recommend", "categories"),
+    ):  # fmt: skip
+        request = {"history": [], "k": 3} | ({"query": "milk"} if task == "search" else {})
+        status, answer = desk.answer(name, task, json.dumps(request).encode())
+        assert status == 200 and len(answer[answers]) == 3, answer
+        assert desk.answer(name, "feedback", json.dumps(feedback(answer[answers])).encode()) == (200, {"counted": 3})
+    # all three, with what was learned, fit into one report
+    telemetry = desk.telemetry.close()
+    assert json.loads(telemetry)["learned"]["models"].keys() == models.keys()
+    status = {"runtime": "1.0.268435455", "generation": 10**6, "floor": 10**6, "phase": "serving", "models": manifests,
+              "fault": ""}  # fmt: skip
+    sent = json.loads(json.loads(update(status, json.loads(desk.telemetry.saved), None))["state"]["reported"]["report"])
+    assert sent["telemetry"]["learned"].keys() == models.keys()
+
+
+def feedback(answers: list[dict[str, float]]) -> dict[str, object]:
+    return {"id": "visit-1", "shown": [{"score": entry["score"], "taken": k == 0} for k, entry in enumerate(answers)]}

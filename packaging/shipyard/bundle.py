@@ -231,7 +231,10 @@ def _gateway_template(key: str) -> dict[str, Any]:
     return template
 
 
-EDGE_CODE = ("agent", "delta", "device", "download", "install", "link", "local", "protocol", "store", "telemetry")
+EDGE_CODE = (
+    "adapt", "agent", "delta", "device", "download", "install", "link", "local", "protocol", "pubsub", "shadow", "store",
+    "telemetry", "words",
+)  # fmt: skip
 """What of serve.greengrass runs on a device."""
 
 

@@ -31,6 +31,7 @@ from shipyard.stage import Record, Stage
 from shipyard.upload import open_store, upload_release
 from shipyard.verbs import VERBS as DELIVERY
 from shipyard.verify import verify_bundle, verify_store
+from shipyard.weekly import OFTEN, STEPS, WeeklyLine
 
 ABOUT = """\
 Shipyard packages one fine-tuned e-commerce model for a hybrid cloud.
@@ -67,6 +68,7 @@ HELP = {
     "quantise": "write each graph in its target's precision and hold the gate again",
     "bundle": "make each target's artifact, reproducible to the byte",
     "release": "do all of it, sign, upload, write the release file, synthesize the stacks",
+    "warm": "make a release from an earlier model and what was bought since, which devices fetch as a small delta",
     "deploy-local": "make a release and deploy, update, roll back and destroy an environment on this machine",
     "report": "write the figures of a profile, or all that is known of a release, as one page",
     "compare": "tune the text tower by several methods and compare them on validation",
@@ -101,6 +103,7 @@ EDGE = {
     "rollout": "publish, then bring the release to the canary devices, and to the fleet once they are well",
     "rollback": "bring every device back to the release before, or to the one that is named",
     "status": "tell the devices in step, behind, silent and failed, by group",
+    "merge": "average what devices have learned into releases/calibration.lock, for the next release",
 }
 """What `shipyard edge` does."""
 
@@ -138,16 +141,35 @@ def parser() -> argparse.ArgumentParser:
             stage.add_argument("--again", action="store_true", help="a new job, also where one of the same is complete")
     making = add("release", sizes)
     making.add_argument("--to", default=None, metavar="STORE", help="a folder or s3://bucket (default: build/store)")
+    warming = add(
+        "warm",
+        sizes,
+        more=" Trunk, heads and all rows that were hardly bought stay as they are; the gates are a "
+        "release's. Move valid_from and test_from of fleet.toml on first. Writes below build/PROFILE-VALID_FROM.",
+    )
+    warming.add_argument(
+        "--from",
+        dest="earlier",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="build folder of the earlier model: build/quick, or build/quick-2017-10-15",
+    )
+    warming.add_argument("--steps", type=int, default=STEPS, help=f"optimiser steps, at most (default: {STEPS})")
+    warming.add_argument("--often", type=int, default=OFTEN, help="purchases in the new days from which on a row learns "
+                         f"(default: {OFTEN})")  # fmt: skip
+    warming.add_argument("--to", default=None, metavar="STORE", help="a folder or s3://bucket (default: build/store)")
     rehearsing = add("deploy-local", sizes, more=" The CDK CLI is the real one, AWS an imitation on loopback.")
-    for one in (making, rehearsing):
+    for one in (making, warming, rehearsing):
         one.add_argument("--key", default=None, help="private key in PEM, or kms:KEY for one in AWS KMS (default: "
                          "$XDG_CONFIG_HOME/shipyard/signing.pem, or ~/.config, made on first use)")  # fmt: skip
     rehearsing.add_argument("--env", default="dev", help="environment of fleet.toml (default: dev)")
     rehearsing.add_argument("--next", type=Path, help="file of the release to update to, its artifacts in build/store "
                             "(default: the one that was made, with the scores of search doubled)")  # fmt: skip
-    making.add_argument("--builder", default=BUILDER, metavar="URI", help="who builds, for the provenance, e.g. the URL of "
-                        f"a workflow (default: {BUILDER})")  # fmt: skip
-    making.add_argument("--no-synth", action="store_true", help="stop after the release file")
+    for one in (making, warming):
+        one.add_argument("--builder", default=BUILDER, metavar="URI", help="who builds, for the provenance, e.g. the URL of "
+                         f"a workflow (default: {BUILDER})")  # fmt: skip
+        one.add_argument("--no-synth", action="store_true", help="stop after the release file")
     reporting = add("report", sizes, more=" Of a profile, runs the stages before it as far as they are not done.")
     reporting.add_argument("release", type=Path, nargs="?", help="a release file, whose page to write instead")
     reporting.add_argument("--previous", type=Path, help="release file to compare with (default: the one that it replaces, "
@@ -175,9 +197,21 @@ def parser() -> argparse.ArgumentParser:
     synthesizing.add_argument("--validate", action="store_true", help="also run the CDK's own validator (slower)")
     edging = add("edge", more=" " + " ".join(f"{action}: {text}." for action, text in EDGE.items()))
     edging.add_argument("action", choices=EDGE, help="what to do")
-    edging.add_argument("version", nargs="?", help="a release in releases/: to publish, roll out, or go back to")
+    edging.add_argument(
+        "version", nargs="?", help="a release in releases/: to publish, roll out, go back to, or learn of"
+    )
     edging.add_argument("--env", required=True, help="an [env.*] of fleet.toml")
     edging.add_argument("--wait", type=float, default=3600.0, help="seconds for the canaries (default: 3600)")
+    edging.add_argument(
+        "--least-devices", type=int, default=20, help="merge: with fewer nothing is merged (default: 20)"
+    )
+    edging.add_argument(
+        "--least-evidence", type=int, default=50, help="merge: answers that a device must have (default: 50)"
+    )
+    edging.add_argument("--clip", type=float, default=1.0, help="merge: how far one device may pull (default: 1)")
+    edging.add_argument("--epsilon", type=float, help="merge: add noise, so that no device can be told from the result; "
+                        "1 is strict, 8 is loose (default: none)")  # fmt: skip
+    edging.add_argument("--delta", type=float, default=1e-6, help="merge: its other parameter (default: 1e-6)")
     edging.add_argument("--allow-older", action="store_true", help="also one before project.minimum_sequence")
     inspecting = add("inspect", more=" A release is verified by the keys in the folder keys/ beside it.")
     inspecting.add_argument("path", type=Path, help="a release file, or a bundle's folder or zip")
@@ -329,6 +363,16 @@ def _make(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, rep
 
     origin = find_origin(getattr(chosen, "builder", BUILDER))
     line = Line(fleet, chosen.profile, root, build / chosen.profile, reporter.progress, watch, origin)
+    if chosen.verb == "warm":
+        # the earlier folder stays: the next update, or a way back, begins there
+        folder = build / f"{chosen.profile}-{fleet.data.valid_from}"
+        line = WeeklyLine(
+            fleet, chosen.profile, root, folder, reporter.progress, watch, origin,
+            earlier=chosen.earlier.resolve(), steps=chosen.steps, often=chosen.often,
+        )  # fmt: skip
+        if line.build == chosen.earlier.resolve():
+            raise ShipyardError("--from: the model of these very days", value=str(chosen.earlier),
+                                mend="move valid_from and test_from of fleet.toml on")  # fmt: skip
     if chosen.verb == "report":
         page = line.page(chosen.out)
         reporter.line(f"report   {page}")
@@ -357,7 +401,7 @@ def _make(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, rep
             return 0
         # its record is found below, as if it had been made here
         remote.finetune(line, fleet, chosen.env, reporter.line, again=chosen.again)
-    if chosen.verb not in ("release", "deploy-local"):
+    if chosen.verb not in ("release", "warm", "deploy-local"):
         records = line.until(chosen.verb)
         said = {unit: record.said for unit, record in records.items()}
         if chosen.json or not print_stage(chosen.verb, said):
@@ -373,8 +417,8 @@ def _make(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, rep
         return _deploy_local(chosen, path, key, build, reporter)
     path, found = release(line, key, chosen.to or str(build / "store"))
     if not chosen.no_synth:
-        _synth(chosen.fleet, build / chosen.profile / "cdk.out", reporter, release=path)
-    page = _page(path, _replaced(found, (root / "releases",), reporter), None, build / chosen.profile / "report.html")
+        _synth(chosen.fleet, line.build / "cdk.out", reporter, release=path)
+    page = _page(path, _replaced(found, (root / "releases",), reporter), None, line.build / "report.html")
     reporter.line(f"report   {page}")
     reporter.line(f"release  {path}")
     return _print(found, chosen.json)

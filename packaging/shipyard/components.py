@@ -18,7 +18,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from models.release import Artifact, Release
 from serve.errors import ShipyardError
 from serve.greengrass.delta import make_delta
-from serve.greengrass.protocol import Delta, Pointer, delta_key
+from serve.greengrass.words import Delta, Pointer, delta_key
 from shipyard.lock import component, edge_artifacts, recipe_of
 from shipyard.upload import Store, upload
 

@@ -1,4 +1,4 @@
-"""shipyard edge: publish, rollout, rollback and status, on one environment of fleet.toml."""
+"""shipyard edge: publish, rollout, rollback, status and merge, on one environment of fleet.toml."""
 
 import argparse
 import json
@@ -14,9 +14,11 @@ from models.config import Environment, Fleet
 from models.release import Release, read_release, trusted_key
 from serve.errors import ShipyardError
 from serve.trust import load_keys
-from shipyard import rollout
+from shipyard import devices, rollout
 from shipyard.components import MEND, publish_edge
 from shipyard.console import Reporter
+from shipyard.corrections import LOCK, write_corrections
+from shipyard.merge import Terms, learned_of, merge
 from shipyard.upload import open_store
 
 
@@ -31,10 +33,10 @@ def run(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, repor
     env = fleet.env[chosen.env]
     clients = open_clients(env)
     if chosen.action == "status":
-        told = rollout.status(clients, env.edge)
+        told = devices.status(clients, env.edge)
         print(json.dumps(told) if chosen.json else _table(told))
         return 0
-    version = chosen.version
+    version = env.release if chosen.version is None and chosen.action == "merge" else chosen.version
     if version is None and chosen.action == "rollback":
         version = rollout.before(clients, env.edge, account=env.account, region=env.region)
     if version is None:
@@ -46,6 +48,15 @@ def run(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, repor
     keys = load_keys(releases / "keys")
     oldest = 0 if chosen.allow_older else fleet.project.minimum_sequence
     found = read_release(releases / f"{version}.json", keys, oldest)
+    if chosen.action == "merge":
+        terms = Terms(
+            chosen.least_devices, chosen.least_evidence, clip=chosen.clip, epsilon=chosen.epsilon, delta=chosen.delta
+        )
+        merged = _merge(found, clients, env, terms, reporter)
+        write_corrections(releases, merged)
+        print(json.dumps(merged))
+        reporter.line(f"wrote {releases / LOCK}; commit it: the next release takes it up through its gates")
+        return 0
     check_standing(releases / f"{version}.json", found)
     require_approval(found, chosen.env, env, releases, releases / "keys")
     bucket = fleet.bucket(chosen.env)
@@ -62,7 +73,35 @@ def run(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, repor
     return 0
 
 
-def open_clients(env: Environment) -> rollout.Clients:
+def _merge(
+    found: Release, clients: devices.Clients, env: Environment, terms: Terms, reporter: Reporter
+) -> dict[str, dict[str, Any]]:
+    """Merge what the devices of all groups have learned of a release's models, by sub-model; leave out what has too few.
+
+    Raises:
+        ShipyardError: of no model have enough devices learned.
+    """
+    names = [thing for group in devices.groups(env.edge).values() for thing in devices.things(clients, group)]
+    reports = {device.thing: device.report for device in devices.look_all(clients, names)}
+    merged: dict[str, dict[str, Any]] = {}
+    faults: list[ShipyardError] = []
+    for artifact in found.of("greengrass-model"):
+        assert artifact.submodel is not None
+        began = found.submodels[artifact.submodel].score.calibration.get("correction", (1.0, 0.0))
+        serving, learned = learned_of(artifact.name, artifact.manifest, reports)
+        try:
+            made = merge(artifact.submodel, serving, learned, (began[0], began[1]), terms)
+        except ShipyardError as fault:
+            faults.append(fault)
+            reporter.line(f"left out {fault}")
+        else:
+            merged[artifact.submodel] = made | {"of": found.version}
+    if not merged:
+        raise faults[0]
+    return merged
+
+
+def open_clients(env: Environment) -> devices.Clients:
     """Return the clients of a rollout, with the credentials of the surroundings."""
     try:
         session = boto3.Session(region_name=env.region)
@@ -70,7 +109,7 @@ def open_clients(env: Environment) -> rollout.Clients:
         made = {name: session.client(name, config=config) for name in ("greengrassv2", "iot", "iot-data")}
     except BotoCoreError as fault:
         raise ShipyardError(f"edge: {fault}", mend=MEND) from None
-    return rollout.Clients(made["greengrassv2"], made["iot"], made["iot-data"])
+    return devices.Clients(made["greengrassv2"], made["iot"], made["iot-data"])
 
 
 def others(releases: Path, found: Release) -> list[Release]:

@@ -15,7 +15,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from models.config import Environment, Fleet
 from models.release import Artifact, Release
 from serve.errors import ShipyardError
-from shipyard import rollout
+from shipyard import devices
 from shipyard.edge import open_clients
 from shipyard.lock import component, edge_artifacts
 from shipyard.promote import PROMOTIONS
@@ -32,7 +32,7 @@ class Services:
     sagemaker: Any
     ecs: Any
     cloudformation: Any
-    edge: rollout.Clients
+    edge: devices.Clients
 
 
 def open_services(env: Environment) -> Services:
@@ -148,9 +148,9 @@ def _tasks(service: Any, told: Any, place: str, artifact: Artifact, bucket: str,
     return Row(place, artifact.name, wanted, live, state, by)
 
 
-def _edge(clients: rollout.Clients, env: Environment, release: Release) -> list[Row]:
-    rows, devices = [], rollout.status(clients, env.edge)
-    for label, group in rollout.groups(env.edge).items():
+def _edge(clients: devices.Clients, env: Environment, release: Release) -> list[Row]:
+    rows, standing = [], devices.status(clients, env.edge)
+    for label, group in devices.groups(env.edge).items():
         arn = f"arn:aws:iot:{env.region}:{env.account}:thinggroup/{group}"
         latest = clients.greengrass.list_deployments(targetArn=arn, historyFilter="LATEST_ONLY")["deployments"]
         there: dict[str, Any] = {}
@@ -165,7 +165,7 @@ def _edge(clients: rollout.Clients, env: Environment, release: Release) -> list[
             if verdict == "ok" and state in ("CANCELED", "FAILED"):
                 verdict = "failed"
             rows.append(Row(f"edge {label}", artifact.name, version, live, verdict, f"{by}, {state}" if by else ""))
-        counts = devices[label]["devices"]
+        counts = standing[label]["devices"]
         # a device that is silent may be switched off; one that failed or serves another model says so itself
         told: State = "failed" if counts["failed"] else "not ready" if counts["behind"] else "ok"
         said = ", ".join(f"{count} {standing}" for standing, count in counts.items() if count)

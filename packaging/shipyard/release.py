@@ -26,6 +26,7 @@ from models.submodel import MAX_TOKENS
 from serve.errors import ShipyardError
 from serve.files import sha256_file
 from serve.trust import load_keys
+from shipyard.corrections import read_corrections
 from shipyard.gates import judged, judged_forms
 from shipyard.keys import write_public
 from shipyard.origin import NOWHERE, Origin
@@ -108,6 +109,9 @@ class Line:
             p.name: sha256_file(p) for p in sorted(self.base.iterdir()) if p.suffix in (".safetensors", ".json", ".txt")
         }
         return digest(files)
+
+    modules = ("shipyard.release", "shipyard.rerank", *(f"shipyard.{verb}" for verb in VERBS))
+    """What makes a release, beside the sub-models' own files."""
 
     @property
     def _models(self) -> tuple[str, ...]:
@@ -225,6 +229,8 @@ class Line:
         """The cross-encoder of a sub-model that searches, where fleet.toml asks for one and a log can teach it."""
         if not self.profile.rerank_steps or self.split(name).said["task"] != "search":
             return None
+        if self.fleet.submodel[name].target == "edge":
+            return None  # thirty pairs through a tower are more than a device has time for
         if not all(self.data.said["counts"][period]["queries"] for period in ("train", "validation", "test")):
             return None
         data, tuned, _ = self.data, self.finetune, self.evaluate
@@ -243,6 +249,29 @@ class Line:
             )  # fmt: skip
 
         return self._run("rerank", name, (data, tuned), config, work, *self._models)
+
+    @functools.cache  # noqa: B019 - a line lives as long as its command
+    def calibration(self, name: str) -> dict[str, Any]:
+        """A sub-model's calibration, with what was merged from devices that serve it."""
+        found = self.evaluate.said["submodels"][name]["calibration"]
+        plain = {key: found[key] for key in ("method", "x", "y") if key in found}
+        merged = read_corrections(self.root / "releases").get(name)
+        if merged is None or not plain or self.fleet.submodel[name].target != "edge":
+            return plain
+        data, tuned, correction = self.data, self.finetune, merged["correction"]
+
+        def work(out: Path) -> Any:
+            module = importlib.import_module("shipyard.correct")
+            return module.correct(
+                data.folder, tuned.folder, self.fleet.finetune, self.profile, self.names, name, plain, correction
+            )
+
+        sizes = {key: getattr(self.profile, key) for key in JUDGED}
+        config = {**sizes, "finetune": _plain(self.fleet.finetune), "calibration": plain, "correction": correction}
+        corrected: dict[str, Any] = self._run("correct", name, (data, tuned), config, work, *self._models).said[
+            "calibration"
+        ]
+        return corrected
 
     @functools.cached_property
     def wheels(self) -> Record:
@@ -279,6 +308,8 @@ class Line:
             "precision": quantised.said["form"]["precision"],
             "metric": scores["after"] | {"name": scores["metric"]},
         }
+        if place == "edge":
+            facts["calibration"] = self.calibration(name)
         if crossed is not None:
             facts["rerank"] = {key: crossed.said[key] for key in ("depth", "weight", "precision")}
 
@@ -399,15 +430,13 @@ def _body(line: Line, artifacts: Mapping[str, Mapping[str, Any]]) -> dict[str, A
             "level": cut["level"],
             "bytes_own": cut["bytes_own"],
             "bytes_shared": cut["bytes_shared"],
-            "score": _score(scores[name]),
+            "score": _score(scores[name], line.calibration(name)),
             "rerank": _rerank(line.rerank(name)),
             "formats": [exported["form"] | {"latency_ms": quantised["fp32_latency_ms"]}, quantised["form"]],
             "losers": quantised["others"],
         }
     lock = line.origin.lock
-    sources, libraries = closure(
-        ("shipyard.release", "shipyard.rerank", *(f"shipyard.{verb}" for verb in VERBS), *line._models)
-    )
+    sources, libraries = closure((*line.modules, *line._models))
     machine = importlib.import_module(
         "serve.engine"
     ).machine()  # not at the top: the runtime takes half of a verb's start
@@ -448,10 +477,10 @@ def _body(line: Line, artifacts: Mapping[str, Mapping[str, Any]]) -> dict[str, A
     }
 
 
-def _score(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a release says of an evaluation's record."""
+def _score(record: Mapping[str, Any], corrected: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a release says of an evaluation's record, and of the calibration that its bundle carries."""
     over = dict(record["over_baseline"])
-    calibration = {k: v for k, v in record["calibration"].items() if k != "reliability"}
+    calibration = {k: v for k, v in record["calibration"].items() if k != "reliability"} | dict(corrected)
     kept = ("metric", "examples", "households", "baseline_name", "baseline", "before", "after", "metrics")
     before = {k: v for k, v in record["over_before"].items() if k != "relative"}
     return {key: record[key] for key in kept} | {

@@ -1,4 +1,4 @@
-"""Rollout: one release to the canary devices, then to the fleet, judged by what the devices say; rollback; status.
+"""Rollout: one release to the canary devices, then to the fleet, judged by what the devices say; and the way back.
 
 Each device has a named shadow (docs/edge-sync.md): what is wanted is written there, what is served is read there. A
 deployment brings code and the models that a new device begins with.
@@ -8,16 +8,14 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
-
-from botocore.exceptions import ClientError
+from typing import Any
 
 from models.config import EdgeSettings
 from models.release import Release
 from serve.errors import ShipyardError
-from serve.greengrass.protocol import SHADOW, Delta, Told, read_told, write_told
+from serve.greengrass.words import SHADOW, Delta, Told, write_told
 from shipyard.components import call, pointer
+from shipyard.devices import Clients, Seen, groups, look_all, things
 from shipyard.lock import component, edge_artifacts
 
 NUCLEUS = "aws.greengrass.Nucleus"
@@ -25,71 +23,6 @@ TOKEN_EXCHANGE = "aws.greengrass.TokenExchangeService"  # noqa: S105 -- a compon
 
 Deltas = Mapping[str, Mapping[str, Delta]]
 """Patches to a release's models, by model and by the digest of the bundle.json that they start from."""
-
-Standing = Literal["in step", "behind", "silent", "failed"]
-SILENT_S = 3 * 3600
-"""Seconds without a report after which a device counts as silent: three of its questions."""
-
-
-@dataclass(frozen=True)
-class Clients:
-    """The services that a rollout speaks to."""
-
-    greengrass: Any
-    iot: Any
-    shadows: Any
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What is known of one device: what it was told, what it said, and how long ago, in the service's own clock."""
-
-    thing: str
-    told: Told | None
-    echoed: bool
-    report: Mapping[str, Any]
-    age_s: float
-
-    @property
-    def standing(self) -> Standing:
-        """Return where it stands; failed before silent, for that is its last word."""
-        if self.report.get("phase") == "failed":
-            return "failed"
-        if not self.report or self.age_s > SILENT_S:
-            return "silent"
-        serves = self.told is None or all(
-            self.report["models"].get(name) == wanted.manifest for name, wanted in self.told.models.items()
-        )
-        return "in step" if self.echoed and serves else "behind"
-
-
-def groups(settings: EdgeSettings) -> dict[str, str]:
-    """Return the thing groups of an environment, in the order of a rollout."""
-    return {"canary": f"{settings.thing_group}-canary", "fleet": settings.thing_group}
-
-
-def things(clients: Clients, group: str) -> list[str]:
-    """Name the devices of a group."""
-    pages = clients.iot.get_paginator("list_things_in_thing_group").paginate(thingGroupName=group)
-    return sorted(name for page in call(lambda: list(pages)) for name in page["things"])
-
-
-def look(clients: Clients, thing: str) -> Seen:
-    """Read a device's shadow."""
-    try:
-        answer = clients.shadows.get_thing_shadow(thingName=thing, shadowName=SHADOW)
-    except ClientError as fault:
-        if fault.response["Error"]["Code"] != "ResourceNotFoundException":
-            raise ShipyardError(f"edge: {thing}: {fault}") from None
-        return Seen(thing, None, False, {}, float("inf"))
-    document = json.loads(answer["payload"].read())
-    desired = document["state"].get("desired", {}).get("told")
-    reported = document["state"].get("reported", {})
-    stamped = document.get("metadata", {}).get("reported", {}).get("report", {}).get("timestamp", 0)
-    report = json.loads(reported["report"]) if "report" in reported else {}
-    # both are the service's: a device's clock counts for nothing
-    age = document.get("timestamp", time.time()) - stamped
-    return Seen(thing, None if desired is None else read_told(desired), reported.get("told") == desired, report, age)
 
 
 def tell(clients: Clients, seen: Seen, found: Release, generation: int, deltas: Deltas) -> bool:
@@ -180,7 +113,7 @@ def rollout(
     """
     made: dict[str, Any] = {}
     components = deployment(found, settings, trusted_key)
-    seen = {group: [look(clients, thing) for thing in things(clients, group)] for group in groups(settings).values()}
+    seen = {group: look_all(clients, things(clients, group)) for group in groups(settings).values()}
     told = [device.told.generation for devices in seen.values() for device in devices if device.told is not None]
     generation = max([0, *told]) + 1
     for label, group in groups(settings).items():
@@ -201,7 +134,7 @@ def _judge(
     """Wait until every canary serves what is wanted; end the deployment where too many say that they cannot."""
     until = time.monotonic() + wait
     while True:
-        standings = [look(clients, name).standing for name in names]
+        standings = [device.standing for device in look_all(clients, names)]
         failed, good = standings.count("failed"), standings.count("in step")
         if names and 100 * failed / len(names) >= settings.abort_percent:
             what, value = "canaries failed", f"{failed} of {len(names)}"
@@ -245,20 +178,3 @@ def _history(clients: Clients, arn: str) -> Iterator[Mapping[str, Any]]:
     pages = clients.greengrass.get_paginator("list_deployments").paginate(targetArn=arn, historyFilter="ALL")
     found = [entry for page in call(lambda: list(pages)) for entry in page["deployments"]]
     yield from sorted(found, key=lambda entry: entry["creationTimestamp"], reverse=True)
-
-
-def status(clients: Clients, settings: EdgeSettings) -> dict[str, Any]:
-    """Return where the devices of each group stand, and of those that failed, why."""
-    told: dict[str, Any] = {}
-    for label, group in groups(settings).items():
-        seen = [look(clients, thing) for thing in things(clients, group)]
-        standings: dict[Standing, int] = {"in step": 0, "behind": 0, "silent": 0, "failed": 0}
-        for device in seen:
-            standings[device.standing] += 1
-        told[label] = {
-            "group": group,
-            "devices": standings,
-            "generations": sorted({device.told.generation for device in seen if device.told is not None}),
-            "faults": {d.thing: d.report.get("fault", "") for d in seen if d.standing == "failed"},
-        }
-    return told

@@ -21,8 +21,21 @@ from serve.errors import ShipyardError
 
 LOCK = Path(__file__).with_name("edge_wheels.txt")
 
-ROOTS = ("awsiotsdk", "boto3", "cryptography", "numpy", "onnxruntime", "paho-mqtt", "rfc8785", "zstandard")
+ROOTS = (
+    "awsiotsdk",
+    "boto3",
+    "cryptography",
+    "numpy",
+    "onnxruntime",
+    "paho-mqtt",
+    "rfc8785",
+    "tokenizers",
+    "zstandard",
+)
 """What the runtime of the edge imports; a test compares it with the code."""
+
+SPARED = ("huggingface-hub",)
+"""What these name and a device does without: tokenizers imports it to download, which nothing here does."""
 
 PIP = "pip==26.3"
 """What installs them on the device, from its own wheel."""
@@ -40,7 +53,7 @@ def pins() -> list[str]:
     waiting = list(ROOTS)
     while waiting:
         name = canonicalize_name(waiting.pop())
-        if name in found:
+        if name in found or name in SPARED:
             continue
         distribution = importlib.metadata.distribution(name)
         found[name] = distribution.version

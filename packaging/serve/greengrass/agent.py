@@ -7,16 +7,12 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from serve.errors import ShipyardError
 from serve.greengrass.link import Link
 from serve.greengrass.local import Desk
 from serve.greengrass.protocol import (
-    LARGEST_REPORT,
-    LARGEST_TOLD,
-    SHADOW,
     Action,
     Event,
     Failed,
@@ -29,12 +25,11 @@ from serve.greengrass.protocol import (
     Serve,
     Started,
     State,
-    Told,
-    read_told,
     step,
-    write_told,
 )
+from serve.greengrass.shadow import Topics, told_in, update
 from serve.greengrass.store import Read, Store
+from serve.greengrass.words import Told, write_told
 from serve.runtime import Model
 
 MOST_WAITING = 64
@@ -49,23 +44,6 @@ Open = Callable[[str, str], Model]
 Raises:
     ShipyardError: it is not attested, not whole, gives other answers, or is too slow.
 """
-
-
-@dataclass(frozen=True)
-class Topics:
-    """The reserved topics of a thing's named shadow (AWS IoT developer guide, "Device Shadow MQTT topics")."""
-
-    thing: str
-
-    @property
-    def prefix(self) -> str:
-        """What all begin with."""
-        return f"$aws/things/{self.thing}/shadow/name/{SHADOW}"
-
-    @property
-    def heard(self) -> tuple[str, ...]:
-        """What a device listens to."""
-        return tuple(f"{self.prefix}/{end}" for end in ("get/accepted", "get/rejected", "update/delta"))
 
 
 class Agent:
@@ -110,7 +88,7 @@ class Agent:
         serving = {name: manifest for name, (manifest, _) in opened.items()}
         self._state, _ = step(self._state, Opened(serving, damaged, "; ".join(faults)))
         self._store.save(self._state)
-        self._desk.models = {name: model for name, (_, model) in opened.items()}
+        self._desk.change({name: model for name, (_, model) in opened.items()}, serving)
         self._store.tidy(self._state)
         return action
 
@@ -203,16 +181,11 @@ class Agent:
             log.warning("too much to hear; a message is left out")
 
     def _told(self, topic: str, payload: bytes) -> Told | None:
-        """Return the center's word in a message of the shadow, if there is one."""
-        if len(payload) > 4 * LARGEST_TOLD or not topic.endswith(("/get/accepted", "/update/delta")):
-            return None
+        """Return the center's word in a message; where there is none yet, or one of another form, go on and say so."""
         try:
-            state = json.loads(payload)["state"]
-            text = (state["desired"] if topic.endswith("/get/accepted") else state)["told"]
-            return read_told(text)
-        except (ShipyardError, ValueError, KeyError, TypeError, RecursionError) as fault:
-            # no word yet, or one that this runtime does not understand: it goes on as it is, and says so
-            self._note = f"not understood: {fault}"
+            return told_in(topic, payload)
+        except ShipyardError as fault:
+            self._note = str(fault)
             self._report()
             return None
 
@@ -242,7 +215,7 @@ class Agent:
                 case Prove(told):
                     action = self._step(self._prove(told))
                 case Serve(models):
-                    self._desk.models = {name: self._fresh[name] for name in models}
+                    self._desk.change({name: self._fresh[name] for name in models}, models)
                     self._fresh = {}
                     log.info("serves generation %d", self._state.applied)
                     action = None
@@ -271,13 +244,6 @@ class Agent:
 
     def _report(self) -> None:
         """Tell the center; what it told is echoed once it is served or refused, so that the shadow shows no difference."""
-        report = self.status()
-        with_totals = report | {"telemetry": json.loads(self._desk.telemetry.saved)}
-        text = json.dumps(with_totals, separators=(",", ":"))
-        if len(text.encode()) > LARGEST_REPORT:
-            text = json.dumps(report, separators=(",", ":"))
-        reported = {"report": text}
-        if self._echo is not None and self._state.target is None:
-            reported["told"] = self._echo
-        payload = json.dumps({"state": {"reported": reported}}, separators=(",", ":")).encode()
-        self._link.publish(f"{self._topics.prefix}/update", payload)
+        echo = self._echo if self._state.target is None else None
+        telemetry = json.loads(self._desk.telemetry.saved)
+        self._link.publish(f"{self._topics.prefix}/update", update(self.status(), telemetry, echo))

@@ -20,6 +20,7 @@ from serve.greengrass.agent import Agent
 from serve.greengrass.link import IpcLink, Link, MqttLink, NoLink
 from serve.greengrass.local import Desk, Front
 from serve.greengrass.protocol import Action
+from serve.greengrass.pubsub import Mailbox
 from serve.greengrass.store import Read, Store
 from serve.greengrass.telemetry import Telemetry
 from serve.runtime import Model, open_bundle
@@ -157,6 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
         front = Front(chosen.port, desk, agent.status)
         threading.Thread(target=front.serve_forever, daemon=True).start()
         action = agent.start(deployed)
+        Mailbox(desk, link).open()
         link.running()
     except (ShipyardError, OSError, OverflowError) as fault:  # the last is a port that no machine has
         print(f"error: {fault}", file=sys.stderr)

@@ -1,8 +1,9 @@
 """What a device's own programs ask: HTTP/1.1 with JSON on loopback, for every model of the device.
 
 POST /NAME/v1/TASK takes one request of `serve.runtime.Model.predict` or a list of them, as the private cluster's server
-does. GET /healthz, /readyz and /status tell how the device is. Memory is bounded: so many connections, so large a body, one
-prediction at a time and a short wait for it; what is beyond is answered with 503 at once.
+does; each answer also has the `probability` that it is taken on this device, which POST /NAME/v1/feedback teaches
+(`serve.greengrass.adapt`). GET /healthz, /readyz and /status tell how the device is. Memory is bounded: so many
+connections, so large a body, one prediction at a time and a short wait for it; what is beyond is answered with 503 at once.
 """
 
 import json
@@ -13,11 +14,12 @@ from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from serve.codec import BadRequest
+from serve.codec import PLURALS, BadRequest
 from serve.greengrass.telemetry import Telemetry
 from serve.runtime import Model
 
 LARGEST_BODY = 512 * 1024
+FEEDBACK = "feedback"
 MOST_REQUESTS = 32
 MOST_CONNECTIONS = 16
 SECONDS_TO_WAIT = 2.0
@@ -36,18 +38,28 @@ class Desk:
         self.telemetry = telemetry
         self._turn = threading.Lock()
 
+    def change(self, models: Mapping[str, Model], manifests: Mapping[str, str]) -> None:
+        """Answer by these models from now on; `manifests` are the digests of their bundle.json."""
+        calibrations = {name: model.manifest.get("facts", {}).get("calibration", {}) for name, model in models.items()}
+        with self._turn:
+            self.telemetry.learner.serve({name: (manifests[name], calibrations[name]) for name in models})
+            self.models = models
+
     def answer(self, name: str, task: str, body: bytes) -> tuple[int, Any]:
-        """Return status and document: a wrong request is the client's fault (400), anything else ours (500)."""
-        if not self.models:
-            return 503, {"error": "opening the models"}
-        model = self.models.get(name)
-        if model is None or task != model.task:
-            allowed = ", ".join(f"/{name}/v1/{found.task}" for name, found in sorted(self.models.items()))
-            return 404, {"error": f"no such model or task; allowed: {allowed}"}
+        """Return status and document to a request in JSON."""
         try:
             document = json.loads(body)
         except (ValueError, RecursionError):
             return 400, {"error": "the body is not valid JSON"}
+        return self.serve(name, task, document)
+
+    def serve(self, name: str, task: str, document: Any) -> tuple[int, Any]:
+        """Return status and document: a wrong request is the client's fault (400), anything else ours (500)."""
+        if not self.models:
+            return 503, {"error": "opening the models"}
+        if name not in self.models or task not in (self.models[name].task, FEEDBACK):
+            allowed = ", ".join(f"/{name}/v1/{found.task}" for name, found in sorted(self.models.items()))
+            return 404, {"error": f"no such model or task; allowed: {allowed}, and {FEEDBACK} of each"}
         requests = document if isinstance(document, list) else [document]
         if len(requests) > MOST_REQUESTS:
             return 400, {"error": f"too many requests at once; allowed: at most {MOST_REQUESTS}"}
@@ -55,9 +67,7 @@ class Desk:
             self.telemetry.refused(name)
             return 503, {"error": "busy"}
         try:
-            start = time.perf_counter()
-            answers = model.predict(requests)
-            self.telemetry.answered(name, time.perf_counter() - start, answers)
+            answers = self._told(name, requests) if task == FEEDBACK else self._predicted(name, requests)
         except BadRequest as fault:
             return 400, {"error": str(fault)}
         except Exception:
@@ -67,6 +77,18 @@ class Desk:
         finally:
             self._turn.release()
         return 200, answers if isinstance(document, list) else answers[0]
+
+    def _predicted(self, name: str, requests: list[Any]) -> list[dict[str, Any]]:
+        start = time.perf_counter()
+        answers = self.models[name].predict(requests)
+        self.telemetry.answered(name, time.perf_counter() - start, answers)
+        for answer in answers:
+            for entry in answer[PLURALS[self.models[name].answer_key]]:
+                entry["probability"] = self.telemetry.learner.probability(name, entry["score"])
+        return answers
+
+    def _told(self, name: str, requests: list[Any]) -> list[dict[str, int]]:
+        return [self.telemetry.learner.feedback(name, request) for request in requests]
 
 
 class Front(ThreadingHTTPServer):

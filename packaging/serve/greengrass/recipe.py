@@ -7,7 +7,7 @@ variables, under 8,000 bytes. @WORDS@ are filled when a stack is synthesized.
 from collections.abc import Mapping
 from typing import Any
 
-from serve.greengrass.protocol import SHADOW
+from serve.greengrass.words import ANSWER, ASK, SHADOW
 
 PUBLISHER = "Shipyard"
 PLATFORMS = ("amd64", "aarch64")
@@ -76,9 +76,21 @@ def runtime_recipe(version: str, prefix: str, models: tuple[str, ...]) -> dict[s
             "resources": [f"{shadow}/get/accepted", f"{shadow}/get/rejected", f"{shadow}/update/delta"],
         },
     }
+    clients = {
+        f"{RUNTIME_COMPONENT}:pubsub:1": {
+            "policyDescription": "Hear what local clients ask",
+            "operations": ["aws.greengrass#SubscribeToTopic"],
+            "resources": [ASK],
+        },
+        f"{RUNTIME_COMPONENT}:pubsub:2": {
+            "policyDescription": "Answer them",
+            "operations": ["aws.greengrass#PublishToTopic"],
+            "resources": [f"{ANSWER}/*"],
+        },
+    }
     configuration = {
         "models": "", "trustedKey": "", "store": "s3://@BUCKET@", "port": str(PORT), "budgetMs": "50", "pollSeconds": "3600",
-        "accessControl": {"aws.greengrass.ipc.mqttproxy": proxy},
+        "accessControl": {"aws.greengrass.ipc.mqttproxy": proxy, "aws.greengrass.ipc.pubsub": clients},
     }  # fmt: skip
     needed = {model_component(name): COMPATIBLE for name in models} | {TOKEN_EXCHANGE: ">=2.0.0 <3.0.0"}
     return _recipe(

@@ -15,7 +15,8 @@ from pathlib import Path
 from serve.errors import ShipyardError
 from serve.files import sha256_file
 from serve.greengrass.delta import MOST, apply_delta
-from serve.greengrass.protocol import Pointer, State, archive_key, delta_key, read_state, write_state
+from serve.greengrass.protocol import State, read_state, write_state
+from serve.greengrass.words import Pointer, archive_key, delta_key
 from serve.trust import MANIFEST, Keys, check_bundle, verify_attestation
 
 ATTESTED = ".attestation"

@@ -1,7 +1,7 @@
-"""What a device counts: totals since it was installed, never a request. A total that arrives twice or late counts once.
+"""What a device counts and learns: totals since it was installed, never a request. What arrives twice or late counts once.
 
 Totals are saved before they are reported, so that a restart goes on from what the center may have seen. What was counted
-since the last save is lost with a power cut; it was never reported.
+since the last save is lost with a power cut; it was never reported. What was learned (`adapt`) bears the same number.
 """
 
 import bisect
@@ -9,6 +9,8 @@ import json
 import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from serve.greengrass.adapt import Learner, reported
 
 EDGES_MS = (1, 2, 5, 10, 20, 50, 100, 500)
 """Upper edges of the latency histogram, in milliseconds; the last bin is what took longer."""
@@ -28,10 +30,12 @@ class Telemetry:
             document = json.loads(text or "{}")
         except ValueError:
             document = {}
-        self.saved = text or '{"sequence":0,"models":{}}'
-        """What was last closed: all that the center is told of."""
         self.sequence: int = document.get("sequence", 0)
         self.models: dict[str, dict[str, Any]] = document.get("models", {})
+        learned = document.get("learned", {})
+        self.learner = Learner(learned)
+        self.saved = self._told(learned)
+        """What was last closed, as the center is told it."""
 
     def _of(self, name: str) -> dict[str, Any]:
         fresh = dict.fromkeys(KEYS, 0) | {"ms": [0] * (len(EDGES_MS) + 1), "score": [0, 0.0, 0.0]}
@@ -64,15 +68,19 @@ class Telemetry:
         """Number the totals as they are now and return them as text for the disk."""
         with self._lock:
             self.sequence += 1
-            self.saved = self._text()
-            return self.saved
+            learned = self.learner.document()
+            self.saved = self._told(learned)
+            return json.dumps({**json.loads(self.saved), "learned": learned}, separators=(",", ":"))
 
-    def _text(self) -> str:
+    def _told(self, learned: Mapping[str, Any]) -> str:
         rounded = {
             name: totals | {"score": [totals["score"][0], *(round(value, 4) for value in totals["score"][1:])]}
             for name, totals in sorted(self.models.items())
         }
-        return json.dumps({"sequence": self.sequence, "models": rounded}, separators=(",", ":"))
+        document = {"sequence": self.sequence, "models": rounded} | (
+            {"learned": told} if (told := reported(learned)) else {}
+        )
+        return json.dumps(document, separators=(",", ":"))
 
 
 def _lists(answer: Mapping[str, Any]) -> list[list[Mapping[str, Any]]]:
