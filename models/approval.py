@@ -185,7 +185,7 @@ def check_approval(found: Approval, release: Release, environment: str, where: s
                 f"{where}: approves another {name}", value=getattr(found, name), allowed=value,
                 mend=_ask(release, environment),
             )  # fmt: skip
-    gates = {(gate.submodel, gate.bound): gate for gate in found.gates}
+    gates: dict[tuple[str, str], HeldGate] = {(gate.submodel, gate.bound): gate for gate in found.gates}
     for name, submodel in sorted(release.submodels.items()):
         for bound, score in (
             ("over_before", submodel.score.over_before),

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from models.config import Gate, Profile, Target
+from models.config import Gate, Profile, Target, TargetName
 from models.lineage import Gated
 from serve.errors import ShipyardError
 
@@ -57,7 +57,7 @@ MOST_RUNTIME_MB = 160
 
 
 def judged_forms(
-    submodels: Mapping[str, Any], artifacts: Iterable[Mapping[str, Any]], targets: Mapping[str, Target]
+    submodels: Mapping[str, Any], artifacts: Iterable[Mapping[str, Any]], targets: Mapping[TargetName, Target]
 ) -> list[Gated]:
     """Return the gates of the forms that are served and of the artifacts' sizes, which stages before have held."""
     found: list[dict[str, Any]] = []

@@ -38,10 +38,12 @@ class Services:
 def open_services(env: Environment) -> Services:
     """Return clients of an environment's region, with the credentials of the surroundings."""
     try:
-        made = [boto3.client(name, region_name=env.region) for name in ("sagemaker", "ecs", "cloudformation")]
+        sagemaker, ecs, cloudformation = (
+            boto3.client(name, region_name=env.region) for name in ("sagemaker", "ecs", "cloudformation")
+        )
     except BotoCoreError as fault:
         raise ShipyardError(f"status: {fault}", mend="check your credentials") from None
-    return Services(*made, open_clients(env))
+    return Services(sagemaker, ecs, cloudformation, open_clients(env))
 
 
 def status(services: Services, fleet: Fleet, name: str, release: Release, register: Register) -> list[Row]:
@@ -103,7 +105,7 @@ def _services(services: Services, stack: str) -> dict[str, list[tuple[Any, Any]]
         cluster = arn.split("/")[-2]
         [service] = services.ecs.describe_services(cluster=cluster, services=[arn])["services"]
         told = services.ecs.describe_task_definition(taskDefinition=service["taskDefinition"])["taskDefinition"]
-        command = next((c["command"] for c in told["containerDefinitions"] if c["name"] == "serve"), [])
+        command: list[str] = next((c["command"] for c in told["containerDefinitions"] if c["name"] == "serve"), [])
         if "--artifact" in command:
             found.setdefault(command[command.index("--artifact") + 1], []).append((service, told))
     return found

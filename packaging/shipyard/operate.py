@@ -139,13 +139,15 @@ class Targets:
         """Publish a release's components and roll them out, the canaries first, judged by the devices' own word."""
         keys: Keys = load_keys(self.root / "releases" / "keys")
         found = self.read(version)
-        where = {"account": self.settings.account, "region": self.settings.region}
+        account, region = self.settings.account, self.settings.region
         # the archives lie in the bucket since the promotion; deltas are made of what this machine has
         store = open_store(self.fleet, self.env)
         deltas = publish_deltas(found, others(self.root / "releases", found), self.root / "build" / "store", store)
         for artifact in edge_artifacts(found):
-            publish_component(self.services.edge.greengrass, artifact, self.fleet.bucket(self.env), **where)
+            publish_component(
+                self.services.edge.greengrass, artifact, self.fleet.bucket(self.env), account=account, region=region
+            )
         rollout.rollout(
             self.services.edge, found, self.settings.edge, deltas, trusted_key=trusted_key(found, keys),
-            said=self.reporter.line, wait=self.wait, **where,
+            said=self.reporter.line, wait=self.wait, account=account, region=region,
         )  # fmt: skip

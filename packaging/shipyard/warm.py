@@ -130,8 +130,9 @@ def _hold(trainer: Trainer, fresh: Ints, often: int) -> dict[str, int]:
         of_level = behaviour.row_of(level)
         told[level] = np.bincount(of_level[bought], minlength=len(behaviour.names(level)) + 1) >= often
         told[level][0] = False
-    identity = joint.tables["of_product"].identity.weight
-    assert isinstance(identity, Tensor)
+    table = joint.tables["of_product"]
+    assert isinstance(table, trunk.Table)
+    identity = table.identity.weight
     learning = {}
     masks = [(identity, torch.from_numpy(told["product"])[:, None])] if "product" in told else []
     for name, rows in trainer.batches.rows.items():
@@ -141,7 +142,7 @@ def _hold(trainer: Trainer, fresh: Ints, often: int) -> dict[str, int]:
     for parameter, mask in masks:
         parameter.requires_grad_(True)
         # without decay, a row that never has a gradient stays the same bits
-        parameter.register_hook(lambda gradient, mask=mask: gradient * mask)
+        parameter.register_hook(lambda gradient, mask=mask: gradient * mask)  # type: ignore[no-untyped-call]
     return learning
 
 
