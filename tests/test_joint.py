@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from models import submodel, trunk
+from models import search, submodel, trunk
 from models.behaviour import LEVELS, TRAIN, VALIDATION
 from models.config import Finetune
 from serve.errors import ShipyardError
@@ -299,7 +299,8 @@ def test_the_untrained_model_ranks_by_the_pretrained_similarity(shop):
     head = untrained.head("search")
     products = vectors.queries[:, 0] @ vectors.texts["product"].T[:, torch.from_numpy(shop.text_of_row)]
     types = vectors.queries[:, 0] @ vectors.texts["type"].T[:, torch.from_numpy(shop.path_of_row[1:])]
-    expected = head.scale.exp() * products + head.match_scale.exp() * types
+    peak = (search.SHARP * (types - 1)).exp()
+    expected = head.scale.exp() * products + head.match_scale.exp() * types + head.exact_scale.exp() * peak
     torch.testing.assert_close(logits[:, 1:], expected, rtol=1e-4, atol=1e-4)
     assert (logits[:, 0] < -9000).all()
 

@@ -40,6 +40,7 @@ RATES = {
     "offers": 5e-3,
     "scale": 1e-2,
     "match_scale": 1e-2,
+    "exact_scale": 1e-2,
 }
 """Learning rates by part of a parameter's name: a table's line sees few gradients, what starts at zero needs large steps."""
 
