@@ -86,6 +86,14 @@ def make(build: Path, profile: str, *more: object) -> Made:
     return Made(build, path, read_release(path, keys), keys, load_fleet(ROOT / "fleet.toml"), done.stderr)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Keep a module's tests on one worker, and those of the small release on the one that made it."""
+    modules = {item.path for item in items if "small" in item.fixturenames}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("small" if item.path in modules else item.path.stem))
+
+
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """Return a release of the small profile: real data, the real model, all stages, the stacks.
