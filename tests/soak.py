@@ -28,13 +28,12 @@ MOST_GROWTH = 0.05
 LEAST_GOODPUT = 0.9
 
 
-def overload(seconds):
-    """Return capacity, and goodput and memory of a server that is asked three times as often."""
+def overload(seconds, together):
+    """Return capacity, and goodput and memory of a server that is asked three times as often for lists of `together`."""
     with tempfile.TemporaryDirectory() as folder:
         bundle = make_bundle(Path(folder) / "bundle")
-        # many in one request, so that the model is what is scarce, and not the load's own core
         history = [{"product": product, "days_ago": k} for k, product in enumerate(PRODUCTS * 8)]
-        asked = [load.request("/v1/recommend", json.dumps([{"history": history}] * 4).encode())]
+        asked = [load.request("/v1/recommend", json.dumps([{"history": history}] * together).encode())]
         with serving(bundle, Path(folder) / "log", workers=1, queue=64, deadline_ms=500) as running:
             load.closed(running.port, asked, 2, 8)
             found = load.closed(running.port, asked, min(10, seconds), 8).throughput
@@ -127,7 +126,8 @@ def main():
     parser.add_argument("--overload", type=float, default=60, help="seconds")
     parser.add_argument("--soak", type=float, default=600, help="seconds")
     chosen = parser.parse_args()
-    over, steady = overload(chosen.overload), soak(chosen.soak)
+    # many in one request, so that the model is what is scarce, and not the load's own core
+    over, steady = overload(chosen.overload, 4), soak(chosen.soak)
     print(json.dumps({"overload": over, "soak": steady}, indent=1))
     faults = [
         *(["overload: goodput"] if over["goodput_of_capacity"] < LEAST_GOODPUT else []),

@@ -137,7 +137,8 @@ class App:
         seconds = loop.time() - start
         self._requests.labels(known, str(answer.status)).inc()
         self._seconds.labels(known).observe(seconds)
-        if known not in ("/healthz", "/readyz", "/metrics"):
+        # under overload, a line for each refusal would cost more than the refusal; the counter above tells them
+        if known not in ("/healthz", "/readyz", "/metrics") and answer.status != 429:
             shown = path[:80].encode("unicode_escape").decode()
             log.info("request id=%s method=%s path=%s status=%d ms=%.1f trace=%s span=%s parent=%s",
                      request_id, scope["method"], shown, answer.status, seconds * 1e3, trace.id, trace.span,

@@ -70,6 +70,57 @@ class Batcher:
         self._kept: tuple[Work, ...] | None = None
         self.waiting = 0
         self._ahead = 0.0
+        # turns of requests that wait for room outside of the queue
+        self._read: deque[asyncio.Future[None]] = deque()
+        self._unread: deque[asyncio.Future[None]] = deque()
+
+    async def admit(self, deadline: float) -> None:
+        """Wait until the queue has room for a request that was not read yet, for half of the time to `deadline`.
+
+        It costs nothing to wait and something to refuse: a client that is refused at once asks again at once, and the
+        interpreter is busy with refusals instead of answers. `deadline` is in the loop's time.
+
+        Raises:
+            Busy: there is no room yet, or what waits already takes until after the deadline.
+        """
+        await self._room(deadline)
+
+    async def _room(self, deadline: float, cost: float = 0.0, count: int = 0) -> None:
+        """Wait for room for `count` requests that were read and take `cost` seconds, or for one that was not read.
+
+        Those that were read come first, and while one of them waits no other is read.
+        """
+        loop = asyncio.get_running_loop()
+        until = (loop.time() + deadline) / 2
+        while True:
+            wait = (self._ahead + cost) / self._workers
+            late = self._ahead and loop.time() + wait > deadline
+            if self.waiting + max(1, count) <= self._most_waiting and not late and (count or not self._read):
+                self._wake(1)  # there may be room for one more
+                return
+            if count > self._most_waiting or loop.time() >= until:
+                raise Busy(wait)
+            turn, outside = loop.create_future(), self._read if count else self._unread
+            outside.append(turn)
+            try:
+                async with asyncio.timeout_at(until):
+                    await turn
+            except BaseException as fault:
+                if turn.done() and not turn.cancelled():
+                    self._wake(1)  # the turn that it cannot take any more
+                elif turn in outside:
+                    outside.remove(turn)
+                if isinstance(fault, TimeoutError):
+                    raise Busy(wait) from None
+                raise
+
+    def _wake(self, count: int) -> None:
+        """Let so many of those outside look again, those that were read first."""
+        for outside in (self._read, self._unread):
+            while count and outside:
+                if not (turn := outside.popleft()).done():
+                    turn.set_result(None)
+                    count -= 1
 
     async def run(
         self, work: Work, requests: Sequence[Any], wanted: Sequence[int], lengths: Sequence[int], deadline: float
@@ -82,9 +133,7 @@ class Batcher:
         """
         loop = asyncio.get_running_loop()
         kinds = [self._kind(work, length) for length in lengths]
-        wait = (self._ahead + sum(kind.cost for kind in kinds)) / self._workers
-        if self.waiting + len(requests) > self._most_waiting or (self._ahead and loop.time() + wait > deadline):
-            raise Busy(wait)
+        await self._room(deadline, sum(kind.cost for kind in kinds), len(requests))
         jobs = []
         for kind, request, count in zip(kinds, requests, wanted, strict=True):
             jobs.append(_Job(request, count, deadline, kind.cost, loop.create_future()))
@@ -154,6 +203,7 @@ class Batcher:
         # an average that forgets: processors slow down, and requests of one length differ
         kind.cost += 0.2 * (seconds / len(jobs) - kind.cost)
         self._observe(len(jobs), seconds)
+        self._wake(len(jobs))
         for job, answer in zip(jobs, answers, strict=True):
             if job.done.done():
                 continue

@@ -82,6 +82,7 @@ class Service:
         deadline = asyncio.get_running_loop().time() + asked.seconds(self._deadline)
         if rank and not model.ranks:
             raise Refused(404, "this bundle's graph ranks its whole catalogue alone; ask its task's path")
+        await self._admit(deadline)
         document = asked.json()
         requests = document if isinstance(document, list) else [document]
         if len(requests) > MOST_REQUESTS:
@@ -93,13 +94,23 @@ class Service:
         answers = await self._run(model.answer_ranked if rank else model.answer, requests, wanted, deadline)
         return Answer(200, answers if isinstance(document, list) else answers[0])
 
+    async def _admit(self, deadline: float) -> None:
+        """Wait for room before anything of a request is read: under overload most of what comes is refused."""
+        try:
+            await self._batcher.admit(deadline)
+        except Busy as busy:
+            raise self._too_many(busy) from None
+
+    def _too_many(self, busy: Busy) -> Refused:
+        self._refused.labels("busy").inc()
+        return Refused(429, "too many requests", {"Retry-After": str(busy.seconds)})
+
     async def _run(self, work: Work, requests: list[Any], wanted: list[int], deadline: float) -> list[Any]:
         lengths = [_length(request) for request in requests]
         try:
             return await self._batcher.run(work, requests, wanted, lengths, deadline)
         except Busy as busy:
-            self._refused.labels("busy").inc()
-            raise Refused(429, "too many requests", {"Retry-After": str(busy.seconds)}) from None
+            raise self._too_many(busy) from None
         except Late:
             self._refused.labels("late").inc()
             raise Refused(503, "the deadline passed before the request was begun", {"Retry-After": "1"}) from None
@@ -109,6 +120,8 @@ class Service:
         model = self._present()
         if not model.manifest["model"].startswith("model_repository/"):
             raise Refused(404, "this bundle is none of Triton's")
+        deadline = asyncio.get_running_loop().time() + asked.seconds(self._deadline)
+        await self._admit(deadline)
         length = asked.headers.get(HEADER_LENGTH.lower(), "")
         try:
             inputs = read_request(asked.body, int(length) if length.isascii() and len(length) < 10 else -1)
@@ -116,7 +129,6 @@ class Service:
                 raise ValueError(f"inputs {', '.join(inputs)}")
         except (ValueError, KeyError, TypeError) as fault:
             raise Refused(400, f"no request of Triton's binary protocol: {str(fault)[:200]}") from None
-        deadline = asyncio.get_running_loop().time() + asked.seconds(self._deadline)
         # tensors of one request are a batch already
         [(rows, scores)] = await self._run(model.run_each, [inputs], [1], deadline)
         found = {"rows": rows, "scores": scores}
