@@ -65,7 +65,7 @@ docs: setup ## write docs/release.schema.json and the tables of docs/stacks.md a
 	SHIPYARD_UPDATE_DOCS=1 $(BIN)/python -m pytest --quiet tests/test_stacks.py tests/test_security.py
 
 test: setup lint ## all tests, on a small profile of the real data
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -86,12 +87,20 @@ def make(build: Path, profile: str, *more: object) -> Made:
     return Made(build, path, read_release(path, keys), keys, load_fleet(ROOT / "fleet.toml"), done.stderr)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Keep a module's tests on one worker, and those of the small release on the one that made it."""
-    modules = {item.path for item in items if "small" in item.fixturenames}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("small" if item.path in modules else item.path.stem))
+    from xdist.scheduler import LoadScopeScheduling
+
+    needs = re.compile(r"\bsmall: Made\b|[(,] ?small[,)]")
+    modules = {path.name for path in ROOT.glob("tests/test_*.py") if needs.search(path.read_text(encoding="utf-8"))}
+
+    class ByModule(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = nodeid.partition("::")[0].rpartition("/")[2]
+            return "small" if module in modules else module
+
+    return ByModule(config, log)
 
 
 @pytest.fixture(scope="session")
