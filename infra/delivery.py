@@ -6,12 +6,15 @@ from constructs import Construct
 
 from infra.findings import WILDCARD, acknowledge
 from infra.storage import StorageStack
-from models.config import DeliverySettings, Fleet
+from models.config import DeliverySettings, EdgeSettings, Fleet
 
 ISSUER = "token.actions.githubusercontent.com"
 QUALIFIER = "hnb659fds"  # of `cdk bootstrap`, where no other is given
 ARTIFACTS = "artifacts/*"
 REGISTER = "delivery/*"  # lock, records and state of a delivery, each written on a condition
+DELTAS = (
+    "deltas/*"  # from one model of the edge to the next; a device holds what it makes of them to the model's digest
+)
 
 
 def release_role(fleet: Fleet, name: str) -> str:
@@ -63,7 +66,7 @@ class DeliveryStack(cdk.Stack):
             acknowledge(
                 made,
                 WILDCARD,
-                "All artifacts, and all stacks of this environment: their digests and ids are not known here.",
+                "All artifacts, stacks, deployments and components: their digests and ids are not known here.",
             )
             cdk.CfnOutput(self, f"{construct_id}RoleArn", value=made.role_arn)
 
@@ -77,8 +80,13 @@ class DeliveryStack(cdk.Stack):
         role(
             "Deploy",
             here,
-            [self._assume("deploy", "file-publishing", "image-publishing", "lookup"), *self._read_stacks(prefix)],
-            "Deploys stacks by the roles of cdk bootstrap",
+            [
+                self._assume("deploy", "file-publishing", "image-publishing", "lookup"),
+                *self._read_stacks(prefix),
+                *self._see(),
+                *self._roll_out(fleet.env[name].edge, storage),
+            ],
+            "Deploys stacks by the roles of cdk bootstrap, rolls out to devices, and sees what is live",
         )
 
     def _upload(self, settings: DeliverySettings, fleet: Fleet, storage: StorageStack) -> list[iam.PolicyStatement]:
@@ -91,11 +99,7 @@ class DeliveryStack(cdk.Stack):
             iam.PolicyStatement(
                 actions=["s3:ListBucket", "s3:ListBucketMultipartUploads"], resources=[storage.bucket.bucket_arn]
             ),
-            iam.PolicyStatement(
-                actions=["kms:Decrypt", "kms:GenerateDataKey"],
-                resources=[storage.key.key_arn],
-                conditions={"StringEquals": {"kms:ViaService": f"s3.{self.region}.amazonaws.com"}},
-            ),
+            _by_way_of_s3(storage, self.region),
         ]
         if settings.promote_from is not None:
             source = fleet.env[settings.promote_from]
@@ -113,6 +117,63 @@ class DeliveryStack(cdk.Stack):
             ]
         return statements
 
+    def _see(self) -> list[iam.PolicyStatement]:
+        """Return what tells which release an endpoint and a cluster run; their names are CloudFormation's."""
+        kinds = ("endpoint", "endpoint-config", "model")
+        return [
+            iam.PolicyStatement(
+                actions=["sagemaker:DescribeEndpoint", "sagemaker:DescribeEndpointConfig", "sagemaker:DescribeModel"],
+                resources=[self._arn("sagemaker", f"{kind}/*") for kind in kinds],
+            ),
+            iam.PolicyStatement(actions=["ecs:DescribeServices"], resources=[self._arn("ecs", "service/*")]),
+            # the action knows no resource
+            iam.PolicyStatement(actions=["ecs:DescribeTaskDefinition"], resources=["*"]),
+        ]
+
+    def _roll_out(self, edge: EdgeSettings, storage: StorageStack) -> list[iam.PolicyStatement]:
+        """Return what publishes components, deploys them to this environment's groups, and keeps a rollout's state."""
+        groups = [self._arn("iot", f"thinggroup/{edge.thing_group}{end}") for end in ("", "-canary")]
+        things = self._arn("iot", f"thing/{edge.thing_group}-*")
+        return [
+            iam.PolicyStatement(
+                actions=[
+                    "greengrass:CreateComponentVersion",
+                    "greengrass:DescribeComponent",
+                    "greengrass:GetComponent",
+                ],
+                resources=[self._arn("greengrass", "components:*")],
+            ),
+            iam.PolicyStatement(
+                actions=[
+                    "greengrass:CancelDeployment",
+                    "greengrass:CreateDeployment",
+                    "greengrass:GetDeployment",
+                    "greengrass:ListDeployments",
+                ],
+                resources=[self._arn("greengrass", "deployments:*"), *groups],
+            ),
+            # a deployment to a group is a job of IoT, made in the caller's name
+            iam.PolicyStatement(
+                actions=["iot:CancelJob", "iot:CreateJob", "iot:DescribeJob", "iot:UpdateJob"],
+                resources=[self._arn("iot", "job/*"), *groups],
+            ),
+            iam.PolicyStatement(actions=["iot:DescribeThingGroup", "iot:ListThingsInThingGroup"], resources=groups),
+            iam.PolicyStatement(actions=["iot:GetThingShadow", "iot:UpdateThingShadow"], resources=[things]),
+            iam.PolicyStatement(
+                actions=["s3:GetObject"],
+                resources=[storage.bucket.arn_for_objects(path) for path in (ARTIFACTS, DELTAS, REGISTER)],
+            ),
+            iam.PolicyStatement(
+                actions=["s3:PutObject"],
+                resources=[storage.bucket.arn_for_objects(path) for path in (DELTAS, REGISTER)],
+            ),
+            iam.PolicyStatement(actions=["s3:ListBucket"], resources=[storage.bucket.bucket_arn]),
+            _by_way_of_s3(storage, self.region),
+        ]
+
+    def _arn(self, service: str, rest: str) -> str:
+        return f"arn:{self.partition}:{service}:{self.region}:{self.account}:{rest}"
+
     def _assume(self, *names: str) -> iam.PolicyStatement:
         return iam.PolicyStatement(
             actions=["sts:AssumeRole"],
@@ -126,9 +187,22 @@ class DeliveryStack(cdk.Stack):
         stacks = self.format_arn(service="cloudformation", resource="stack", resource_name=f"{prefix}-*/*")
         return [
             iam.PolicyStatement(
-                actions=["cloudformation:DescribeStacks", "cloudformation:GetTemplate"], resources=[stacks]
+                actions=[
+                    "cloudformation:DescribeStacks",
+                    "cloudformation:GetTemplate",
+                    "cloudformation:ListStackResources",
+                ],
+                resources=[stacks],
             )
         ]
+
+
+def _by_way_of_s3(storage: StorageStack, region: str) -> iam.PolicyStatement:
+    return iam.PolicyStatement(
+        actions=["kms:Decrypt", "kms:GenerateDataKey"],
+        resources=[storage.key.key_arn],
+        conditions={"StringEquals": {"kms:ViaService": f"s3.{region}.amazonaws.com"}},
+    )
 
 
 def _prefix(fleet: Fleet, name: str) -> str:

@@ -171,6 +171,8 @@ def test_release_alone_writes_artifacts(made):
     assert writes == {
         # the other is the register of promotions: neither a service nor a device reads it
         "delivery: Release": ["storage.Artifacts/artifacts/\\*", "storage.Artifacts/delivery/\\*"],
+        # a device holds what it makes of a delta to the digest of the model
+        "delivery: Deploy": ["storage.Artifacts/delivery/\\*", "storage.Artifacts/deltas/\\*"],
         "storage: ArtifactsReplicationRole": [
             f"arn:aws:s3:::shipyard-dev-artifacts-{ACCOUNT}-us-west-2/artifacts/\\*",
         ],
