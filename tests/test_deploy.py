@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 
 import pytest
 from conftest import ROOT, Made
@@ -14,6 +15,7 @@ from serve.trust import check_bundle, load_keys
 from shipyard.keys import signing_key
 from shipyard.local.cloudformation import in_order, modelled, references
 from shipyard.local.cycle import rehearse, sentence
+from shipyard.local.invoke import COMPARED
 from shipyard.local.recorded import RECORDED, check_types
 from shipyard.local.successor import FACTOR, succeed
 
@@ -66,6 +68,21 @@ def test_every_place_answers_as_its_bundle_does(told, small: Made, serving):
     assert [[product for product, _ in places] for places in told["invoke"]["recommend"]] == wanted
 
 
+def test_the_gateway_answers_by_what_endpoint_and_cluster_say(told, small: Made):
+    """The cycle itself compares with the fusion of what they say; here is that two sources spoke, and not one."""
+    fused, search = told["gateway"]["gateway"], told["invoke"]["search"]
+    assert len(fused) == len(search) >= 2
+    assert all(len(places) == COMPARED for places in fused)
+    pinned = json.loads((small.bundle("gateway") / "fusion.json").read_text())
+    assert {"search", "recommend"} <= set(pinned["sources"])
+    assert [scores for scores in zip(fused, search, strict=True) if scores[0][0][1] == scores[1][0][1]] == []
+
+
+def test_what_the_gateway_answered_and_was_told_lies_in_the_data_bucket(told):
+    answered = len(told["gateway"]["gateway"])
+    assert told["feedback"] == {"impressions": answered, "clicks": answered}
+
+
 def test_the_same_release_again_changes_nothing(told):
     assert told["deploy again"] == {"changed": []}
 
@@ -101,7 +118,8 @@ def test_rollback_brings_the_first_release_back(told):
 
 
 def test_nothing_answers_without_its_uploaded_model(told, serving):
-    assert told["without artifacts"].keys() == serving
+    assert told["without artifacts"].keys() == serving | {"gateway"}
+    assert re.fullmatch(r"gateway: not every target answers; value: search \w+", told["without artifacts"]["gateway"])
     assert "no such object" in told["without artifacts"]["search"]
     assert "Not Found" in told["without artifacts"]["recommend"]
 

@@ -12,11 +12,11 @@ from typing import Any
 from moto.cloudformation import parsing
 from moto.cloudformation.exceptions import UnformattedGetAttTemplateException
 from moto.cloudformation.models import CloudFormationBackend, Stack
-from moto.core.common_models import CloudFormationModel
 from moto.ec2.models.route_tables import RouteTable
-from moto.sagemaker.models import FakeEndpointConfig
+from moto.sagemaker.models import FakeEndpoint, FakeEndpointConfig
 from moto.sagemakerruntime.responses import SageMakerRuntimeResponse
 
+from shipyard.local.resources import FeedbackStream, Recorded
 from shipyard.local.triton import Refused, invoke
 
 # what moto models and cannot make of a template as CloudFormation takes it: recorded as if it were unknown
@@ -24,54 +24,6 @@ _POOR = {"AWS::IoT::Policy", "AWS::IoT::RoleAlias", "AWS::KMS::Key"}
 # moto updates these into a form that it cannot read itself; CloudFormation replaces them on every change anyway
 _REPLACED = {"AWS::ECS::TaskDefinition"}
 _SUBSTITUTED = re.compile(r"\$\{([A-Za-z0-9]+)")
-
-
-class Recorded(CloudFormationModel):
-    """A resource of a type that moto does not know: its properties are kept, nothing is done."""
-
-    def __init__(self, kind: str, name: str, properties: dict[str, Any], account: str, region: str) -> None:
-        self.kind, self.name, self.properties = kind, name, properties
-        self.account, self.region = account, region
-
-    @property
-    def physical_resource_id(self) -> str:
-        """Return the name that CloudFormation would make."""
-        return self.name
-
-    def get_cfn_attribute(self, attribute: str) -> str:
-        """Return a stand-in for an attribute: an ARN where one is asked for, a text that names it elsewhere."""
-        _, service, resource = self.kind.lower().split("::")
-        if attribute.endswith("Arn"):
-            return f"arn:aws:{service}:{self.region}:{self.account}:{resource}/{self.name}"
-        return f"{self.name}-{attribute.lower()}"
-
-    @classmethod
-    def create_from_cloudformation_json(
-        cls, resource_name: str, cloudformation_json: dict[str, Any], account_id: str, region_name: str, **kwargs: Any
-    ) -> "Recorded":
-        """Record a resource."""
-        return cls(
-            kwargs["ResourceType"], resource_name, cloudformation_json.get("Properties", {}), account_id, region_name
-        )
-
-    @classmethod
-    def update_from_cloudformation_json(
-        cls, original_resource: "Recorded", new_resource_name: str, cloudformation_json: dict[str, Any],
-        account_id: str, region_name: str,
-    ) -> "Recorded":  # fmt: skip
-        """Record the new properties under the same name."""
-        original_resource.properties = cloudformation_json.get("Properties", {})
-        return original_resource
-
-    @classmethod
-    def delete_from_cloudformation_json(
-        cls, resource_name: str, cloudformation_json: dict[str, Any], account_id: str, region_name: str
-    ) -> None:
-        """Forget a resource: its stack holds it alone."""
-
-    def is_created(self) -> bool:
-        """Say that nothing is waited for."""
-        return True
 
 
 def modelled() -> list[str]:
@@ -178,6 +130,8 @@ def lift() -> None:
             return identity if attribute.endswith("Arn") else f"{identity}-{attribute.lower()}"
 
     def resource_class(kind: str) -> Any:
+        if kind == "AWS::KinesisFirehose::DeliveryStream":
+            return FeedbackStream
         return known(kind) if kind in types else Recorded
 
     def update(self: Any, name: str, parameters: list[dict[str, Any]], **more: Any) -> Any:
@@ -212,6 +166,8 @@ def lift() -> None:
         (CloudFormationBackend, "update_stack", update),
         # moto reads JSON as YAML, which takes seconds
         (Stack, "parse_template", staticmethod(_parse)),
+        # it would make up another name than the template's
+        (FakeEndpoint, "cloudformation_name_type", staticmethod(lambda: "EndpointName")),
         # its list of instance types ends before g5, and it knows no pools of them
         (FakeEndpointConfig, "validate_production_variants", lambda self, production_variants: None),
         # it leaves route tables behind, and then cannot delete their network

@@ -5,22 +5,24 @@ A step that does not do what it should raises, so that the cycle ends there.
 
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from models.config import Fleet, load_fleet
 from models.release import Artifact, Release, Signer, load_keys, read_release
 from serve.errors import ShipyardError
 from shipyard.local import tasks
 from shipyard.local.cloud import Cloud, local_cloud
-from shipyard.local.invoke import Answers, ask, endpoints
+from shipyard.local.gateway import ask_gateway, feedback
+from shipyard.local.invoke import COMPARED, Answers, ask, endpoints
 from shipyard.local.recorded import check_types, templates
 from shipyard.local.successor import succeed
 from shipyard.s3 import S3Store
 from shipyard.upload import upload_release
 
+Asked = TypeVar("Asked")
 Identities = dict[str, dict[str, tuple[str, str]]]
 """Type and physical id of every resource, by stack and logical id."""
 
@@ -59,6 +61,9 @@ class Cycle:
         yield "describe", self.describe(before)
         answers = self.invoke(_served(before.artifacts))
         yield "invoke", answers
+        fused = self.fuse(before)
+        yield "gateway", fused
+        yield "feedback", self.feedback(fused)
         self.cloud.deploy(assembly, stacks)
         _want("deploy again: resources changed", _moved(started, self._identities()), [])
         yield "deploy again", {"changed": []}
@@ -113,8 +118,32 @@ class Cycle:
         with tempfile.TemporaryDirectory(dir=self.out) as scratch:
             return ask(self.cloud, artifacts, self.store, Path(scratch))
 
+    def fuse(self, release: Release) -> dict[str, Answers]:
+        """Ask the deployed gateway of a release what search's golden requests ask; return the fused answers."""
+        served = {artifact.name: artifact for artifact in release.artifacts}
+        with tempfile.TemporaryDirectory(dir=self.out) as scratch:
+            return {
+                gateway.name: ask_gateway(self.cloud, gateway, served, self.store, Path(scratch))
+                for gateway in release.of("gateway")
+            }
+
+    def feedback(self, fused: dict[str, Answers]) -> dict[str, int]:
+        """Return how many impressions and clicks lie in the data bucket: the gateway notes what it answered and is told.
+
+        Raises:
+            ShipyardError: one of the answers, or the click on its first place, was not noted.
+        """
+        noted = feedback(self.cloud, self.fleet.data_bucket(self.env))
+        shown = {one["request_id"]: one["items"][:COMPARED] for one in noted if one["kind"] == "impression"}
+        clicks = [[shown.get(one["request_id"], []), one["item"]] for one in noted if one["kind"] == "click"]
+        for places in (places for answers in fused.values() for places in answers):
+            products = [product for product, _ in places]
+            if [products, products[0]] not in clicks:
+                raise ShipyardError("feedback: an answer and its click were not noted", value=products, allowed=clicks)
+        return {"impressions": len(shown), "clicks": len(clicks)}
+
     def without(self, release: Release) -> dict[str, str]:
-        """Delete the models of what serves; return how an invocation of each fails then.
+        """Delete the models of what serves; return how an invocation of each, and of the gateway, fails then.
 
         Raises:
             ShipyardError: one still answers: its answers do not come from what was uploaded.
@@ -124,12 +153,9 @@ class Cycle:
             for file in artifact.files:
                 if file.path.endswith(".onnx"):
                     s3.delete_object(Bucket=self.fleet.bucket(self.env), Key=artifact.key + file.path)
-            try:
-                self.invoke((artifact,))
-            except ShipyardError as fault:
-                told[artifact.name] = str(fault)
-            else:
-                raise ShipyardError(f"{artifact.name}: answers though its model was deleted", value=artifact.key)
+            told[artifact.name] = _fault(artifact, self.invoke, (artifact,))
+            if artifact.kind == "triton":
+                told |= {g.name: _fault(artifact, self.fuse, release) for g in release.of("gateway")}
         return told
 
     def kept(self) -> list[str]:
@@ -177,6 +203,15 @@ def sentence(told: Any) -> str:
 def _served(artifacts: Iterable[Artifact]) -> tuple[Artifact, ...]:
     """Return the artifacts that a request can be sent to here: no edge device is at hand."""
     return tuple(artifact for artifact in artifacts if artifact.kind in ("triton", "image-context"))
+
+
+def _fault(deleted: Artifact, asking: Callable[[Asked], object], about: Asked) -> str:
+    """Return how asking fails without an artifact's model."""
+    try:
+        asking(about)
+    except ShipyardError as fault:
+        return str(fault)
+    raise ShipyardError(f"{deleted.name}: answered though its model was deleted", value=deleted.key)
 
 
 def _moved(before: Identities, after: Identities) -> list[str]:

@@ -21,8 +21,10 @@ TOLERANCE = 2e-3
 """Largest difference of a score from the golden one, as a part of the largest: processors round sums differently."""
 COMPARED = 5
 
-Answers = list[list[tuple[Any, float]]]
-"""The first places of each golden request: what is ranked, and its score."""
+Places = list[tuple[Any, float]]
+"""The first places of an answer: what is ranked, and its score."""
+Answers = list[Places]
+"""Those of each golden request."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +68,12 @@ def ask(cloud: Cloud, artifacts: tuple[Artifact, ...], store: Path, scratch: Pat
         manifest = read_json(code / MANIFEST)
         requests = [golden["request"] for golden in manifest["golden"]]
         if artifact.kind == "triton":
-            answers = _ask_endpoint(cloud, deployed[artifact.name], Codec(code, manifest), requests)
+            answers = ask_endpoint(cloud, deployed[artifact.name], Codec(code, manifest), requests, COMPARED)
         else:
-            containers, bundle = served[artifact.name], scratch / artifact.name / "bundle"
-            bundle.mkdir(parents=True)
-            tasks.fetch(cloud, containers["fetch"], code, bundle)
-            log = bundle.with_name("serve.log")
-            with tasks.serve(cloud, containers["serve"], code, bundle, log) as url:
+            containers = served[artifact.name]
+            with tasks.run(cloud, containers, code, scratch / artifact.name) as url:
                 found = tasks.ask(containers["serve"], url, manifest["task"], requests)
-            answers = [_places(answer, manifest["level"]) for answer in found]
+            answers = [places(answer, manifest["level"]) for answer in found]
         _compare(artifact.name, manifest, answers)
         return answers
 
@@ -84,8 +83,12 @@ def ask(cloud: Cloud, artifacts: tuple[Artifact, ...], store: Path, scratch: Pat
         return dict(zip([artifact.name for artifact in artifacts], pool.map(one, artifacts), strict=True))
 
 
-def _ask_endpoint(cloud: Cloud, endpoint: Endpoint, codec: Codec, requests: list[Any]) -> Answers:
-    """Send requests to an endpoint as the gateway does, in Triton's binary form."""
+def ask_endpoint(cloud: Cloud, endpoint: Endpoint, codec: Codec, requests: list[Any], most: int) -> Answers:
+    """Send requests to an endpoint as the gateway does, in Triton's binary form; return the first `most` places of each.
+
+    Raises:
+        ShipyardError: it does not answer.
+    """
     client, answers = cloud.client("sagemaker-runtime"), []
     for request in requests:
         body, size = write_request(codec.encode([request]))
@@ -96,19 +99,20 @@ def _ask_endpoint(cloud: Cloud, endpoint: Endpoint, codec: Codec, requests: list
         except ClientError as fault:
             raise ShipyardError(f"{endpoint.name}: {fault}") from None
         _, outputs = read_answer(answer["Body"].read(), int(answer["ContentType"].rpartition("=")[2]))
-        [found] = codec.decode([request], outputs["rows"], outputs["scores"], [COMPARED])
-        answers.append(_places(found, codec.answer_key))
+        [found] = codec.decode([request], outputs["rows"], outputs["scores"], [most])
+        answers.append(places(found, codec.answer_key, most))
     return answers
 
 
-def _places(answer: Mapping[str, Any], level: str) -> list[tuple[Any, float]]:
-    return [(found[level], found["score"]) for found in answer[PLURALS[level]][:COMPARED]]
+def places(answer: Mapping[str, Any], level: str, most: int = COMPARED) -> Places:
+    """Return the first places of an answer."""
+    return [(found[level], found["score"]) for found in answer[PLURALS[level]][:most]]
 
 
 def _compare(name: str, manifest: Mapping[str, Any], answers: Answers) -> None:
     """Refuse scores that are not those of the bundle's golden answers; places of nearly equal scores may change."""
     for golden, got in zip(manifest["golden"], answers, strict=True):
-        expected = _places(golden["answer"], manifest["level"])
+        expected = places(golden["answer"], manifest["level"])
         largest = max(1.0, *(abs(score) for _, score in expected))
         for (_, score), (_, wanted) in zip(got, expected, strict=True):
             if not abs(score - wanted) <= TOLERANCE * largest:

@@ -12,9 +12,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,25 @@ def serve(cloud: Cloud, container: Container, code: Path, bundle: Path, log: Pat
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+@contextmanager
+def run(
+    cloud: Cloud, containers: Mapping[str, Container], code: Path, scratch: Path, more: Sequence[str] = ()
+) -> Iterator[str]:
+    """Run a service as its task does, `fetch` and then `serve`, that with `more` arguments; give its address.
+
+    `code` is the folder of the bundle that the image is built from; `scratch` takes the fetched bundle and the log.
+
+    Raises:
+        ShipyardError: the bundle is not there or not the attested one, or the service does not become ready.
+    """
+    bundle, container = scratch / "bundle", containers["serve"]
+    bundle.mkdir(parents=True)
+    fetch(cloud, containers["fetch"], code, bundle)
+    container = replace(container, command=(*container.command, *more))
+    with serve(cloud, container, code, bundle, scratch / "serve.log") as url:
+        yield url
 
 
 def ask(container: Container, url: str, task: str, requests: list[Any]) -> list[Any]:

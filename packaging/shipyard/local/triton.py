@@ -3,6 +3,7 @@
 The protocol is that of `serve.triton`, in its binary form alone.
 """
 
+import functools
 import io
 import re
 import tarfile
@@ -35,9 +36,7 @@ def invoke(account: str, region: str, endpoint: str, kind: str, body: bytes) -> 
         Refused: there is no such endpoint, its model is not in the bucket, or the request does not fit the graph.
     """
     name, path, graph = _graph(account, region, endpoint)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    session = _session(graph)
     try:
         told = _HEADER_SIZE.search(kind)
         outputs = session.run(OUTPUTS, read_request(body, int(told[1]) if told else -1))
@@ -45,6 +44,14 @@ def invoke(account: str, region: str, endpoint: str, kind: str, body: bytes) -> 
         raise Refused(424, "ModelError", f"{name}: {fault}") from None
     answer, size = write_answer(name, version(path), dict(zip(OUTPUTS, outputs, strict=True)))
     return f"{CONTENT};json-header-size={size}", answer
+
+
+@functools.lru_cache(maxsize=2)
+def _session(graph: bytes) -> ort.InferenceSession:
+    """Return an engine of a graph; the same bytes, read anew, have the same one."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 def _graph(account: str, region: str, endpoint: str) -> tuple[str, str, bytes]:
