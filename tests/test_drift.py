@@ -134,9 +134,12 @@ def test_a_release_has_a_reference_of_its_own_answers(small):
     asked = {"events", "days", "unknown", "offers", "fused"}
     sources = {f"source {source}" for source in small.release.fusion.sources}
     assert told == {"search": asked | sources | {"characters"}, "recommend": asked | (sources - {"source search"})}
+    assert len(reference["routes"]["search"]["calibration"]["edges"]) >= 5
     for found in reference["routes"].values():
         assert found["requests"] >= 150
         assert all(sum(one["counts"]) <= found["requests"] for one in found["measures"].values())
         # what has a high score is right more often than what has a low one
         right, shown = (np.array(found["calibration"][key]) for key in ("right", "shown"))
+        if len(right) == 1:  # a fusion may give a source no weight; alone, its answers all score the same
+            continue
         assert right[-2:].sum() / shown[-2:].sum() > 1.5 * right[:5].sum() / shown[:5].sum()

@@ -363,9 +363,10 @@ FORM = {"form": {"precision": "fp32"}}
 SCORE = {
     "metric": "ndcg@10",
     "after": {"value": 0.3},
-    "over_before": {"low": 1},
-    "over_baseline": {"low": 1},
+    "over_before": {"value": 1, "low": 1},
+    "over_baseline": {"value": 1, "low": 1},
     "over_teacher": None,
+    "calibration": {"method": "platt", "x": [1.0], "y": [0.0]},
 }
 
 

@@ -210,7 +210,8 @@ def ask_on_a_device(build: Path) -> None:
         request = {"history": [], "k": 3} | ({"query": "milk"} if task == "search" else {})
         status, answer = desk.answer(name, task, json.dumps(request).encode())
         assert status == 200 and len(answer[answers]) == 3, answer
-        assert desk.answer(name, "feedback", json.dumps(feedback(answer[answers])).encode()) == (200, {"counted": 3})
+        told = json.dumps(feedback(name, answer[answers])).encode()
+        assert desk.answer(name, "feedback", told) == (200, {"counted": 3})
     # all three, with what was learned, fit into one report
     telemetry = desk.telemetry.close()
     assert json.loads(telemetry)["learned"]["models"].keys() == models.keys()
@@ -220,5 +221,8 @@ def ask_on_a_device(build: Path) -> None:
     assert sent["telemetry"]["learned"].keys() == models.keys()
 
 
-def feedback(answers: list[dict[str, float]]) -> dict[str, object]:
-    return {"id": "visit-1", "shown": [{"score": entry["score"], "taken": k == 0} for k, entry in enumerate(answers)]}
+def feedback(name: str, answers: list[dict[str, float]]) -> dict[str, object]:
+    return {
+        "id": f"visit-{name}",
+        "shown": [{"score": entry["score"], "taken": k == 0} for k, entry in enumerate(answers)],
+    }

@@ -117,10 +117,10 @@ def write(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def closure(modules: tuple[str, ...]) -> tuple[dict[str, Path], dict[str, str]]:
+def closure(modules: tuple[str, ...], *, settings: bool = False) -> tuple[dict[str, Path], dict[str, str]]:
     """Return the files of our modules that `modules` reach by imports, and the libraries' versions that these name.
 
-    `SETTINGS` is left out: an instance type that is allowed anew is no reason to train again.
+    `SETTINGS` is left out unless asked for: an instance type that is allowed anew is no reason to train again.
     """
     sources: dict[str, Path] = {}
     libraries: dict[str, str] = {}
@@ -128,7 +128,7 @@ def closure(modules: tuple[str, ...]) -> tuple[dict[str, Path], dict[str, str]]:
     while waiting:
         name = waiting.pop()
         path = _source(name)
-        if name in sources or name == SETTINGS or path is None:
+        if name in sources or (name == SETTINGS and not settings) or path is None:
             continue
         sources[name] = path
         for imported in _imports(path):

@@ -16,7 +16,7 @@ from serve.errors import ShipyardError
 from serve.files import read_json, sha256_file
 from shipyard.archive import write_tar_gz
 from shipyard.release import Line
-from shipyard.stage import RECORD, SETTINGS, Stage, closure, digest
+from shipyard.stage import RECORD, Stage, closure, digest
 
 ROOT = "training/"
 JOBS = f"{ROOT}jobs/"
@@ -147,9 +147,7 @@ def _source(line: Line, stage: Stage, channels: Sequence[Input], work: Path) -> 
     """Pack the code of the stage and what it is to be run with; the same stage gives the same bytes."""
     tree = work / "source"
     sources, libraries = closure(stage.modules)
-    carried, _ = closure((*stage.modules, "shipyard.remote.entry", "models.places"))
-    settings_module, _ = SETTINGS.split(".")
-    carried[SETTINGS] = carried[settings_module].with_name("config.py")
+    carried, _ = closure((*stage.modules, "shipyard.remote.entry"), settings=True)
     for module, path in carried.items():
         target = tree / Path(*module.split("."))
         target = target / "__init__.py" if path.name == "__init__.py" else target.with_suffix(".py")
