@@ -149,7 +149,8 @@ class Cycle:
             ShipyardError: one still answers: its answers do not come from what was uploaded.
         """
         s3, told = self.cloud.client("s3"), {}
-        for artifact in _served(release.artifacts):
+        # those of endpoints first: the gateway is then asked while all else is there
+        for artifact in sorted(_served(release.artifacts), key=lambda one: one.kind != "triton"):
             for file in artifact.files:
                 if file.path.endswith(".onnx"):
                     s3.delete_object(Bucket=self.fleet.bucket(self.env), Key=artifact.key + file.path)
