@@ -4,7 +4,6 @@ The record in the target's bucket is the point from which on it counts. What com
 comes after is done again by the same command.
 """
 
-import hashlib
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from shipyard.pin import pin
 from shipyard.register import FOLDER, Lost, Register, lock
 from shipyard.stage import write
 from shipyard.upload import Store, upload
-from shipyard.verify import verify_store
+from shipyard.verify import checked, verify_store
 
 PROMOTIONS = f"{FOLDER}promotions/"
 
@@ -218,17 +217,10 @@ def _copy(found: Release, source: Store, target: Store, progress: Progress, rene
             for file in artifact.files:
                 path = Path(folder, file.path)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                digest = hashlib.sha256()
                 with path.open("wb") as stream:
-                    for piece in source.read(artifact.key + file.path):
+                    for piece in checked(source, artifact.key, file):
                         stream.write(piece)
-                        digest.update(piece)
                         done += len(piece)
                         progress(f"fetch {artifact.name}, bytes", min(done, artifact.bytes), artifact.bytes)
-                if digest.hexdigest() != file.sha256:
-                    raise ShipyardError(
-                        f"{artifact.key}{file.path}: not what the release names", value=digest.hexdigest(),
-                        allowed=file.sha256, mend="remove that object and upload the release again",
-                    )  # fmt: skip
             sent += upload(target, artifact.model_dump(), Path(folder), progress)
     return sent

@@ -5,11 +5,11 @@ import json
 import stat
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from models.release import Release
+from models.release import File, Release
 from serve.errors import ShipyardError
 from serve.files import read_json, sha256_file
 from serve.trust import MANIFEST, Keys, check_bundle, verify_attestation
@@ -24,6 +24,23 @@ MOST_BYTES = 8 << 30
 MOST_FILES = 10_000
 
 
+def checked(store: Store, prefix: str, file: File) -> Iterator[bytes]:
+    """Yield an object of a release piece by piece, and hold the whole to its digest after the last.
+
+    Raises:
+        ShipyardError: it is missing, or is not what the release names.
+    """
+    digest = hashlib.sha256()
+    for piece in store.read(prefix + file.path):
+        digest.update(piece)
+        yield piece
+    if digest.hexdigest() != file.sha256:
+        raise ShipyardError(
+            f"{prefix}{file.path}: not what the release names", value=digest.hexdigest(), allowed=file.sha256,
+            mend="remove that object and upload the release again",
+        )  # fmt: skip
+
+
 def verify_store(found: Release, store: Store, progress: Callable[[str, int, int], None]) -> int:
     """Read all that a store holds of a release and compare every digest; return the number of bytes.
 
@@ -34,16 +51,9 @@ def verify_store(found: Release, store: Store, progress: Callable[[str, int, int
     for artifact in found.artifacts:
         done = 0
         for file in artifact.files:
-            digest = hashlib.sha256()
-            for piece in store.read(artifact.key + file.path):
-                digest.update(piece)
+            for piece in checked(store, artifact.key, file):
                 done += len(piece)
                 progress(f"verify {artifact.name}, bytes", min(done, artifact.bytes), artifact.bytes)
-            if digest.hexdigest() != file.sha256:
-                raise ShipyardError(
-                    f"{artifact.key}{file.path}: not what the release names", value=digest.hexdigest(),
-                    allowed=file.sha256, mend="remove that object and upload the release again",
-                )  # fmt: skip
         count += done
         # an engine that starts from the prefix would load what was put there
         named = {artifact.key + file.path for file in artifact.files}
