@@ -38,10 +38,10 @@ from serve.files import sha256_file
 from serve.fused import open_gateway
 from serve.fusion import best, fuse, gather
 from serve.gateway import sends
-from serve.listen import trusted
 from serve.runtime import Model
 from serve.targets import Breaker, Call, Gone, Target, http_send, sagemaker_send
 from serve.trace import begin
+from serve.trust import trusted
 from shipyard.bundle import bundle_gateway
 from shipyard.fleet import Member, command, down, start
 

@@ -4,7 +4,6 @@ The cluster's init container runs it. bundle.json is verified first; each furthe
 """
 
 import argparse
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from serve.errors import ShipyardError
 from serve.files import read_json, sha256_file
-from serve.trust import MANIFEST, Keys, check_bundle, key_id, parse_key, verify_attestation
+from serve.trust import MANIFEST, Keys, add_trust, check_bundle, trusted, verify_attestation
 
 
 def fetch(uri: str, name: str, attestation: str, keys: Keys, into: Path) -> None:
@@ -62,16 +61,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("uri", help="s3://bucket/prefix/ of the bundle")
     parser.add_argument("--artifact", required=True, help="name that the bundle was attested as")
     parser.add_argument("--into", type=Path, required=True, help="empty folder to write to")
-    parser.add_argument(
-        "--attestation", default=os.environ.get("SHIPYARD_ATTESTATION", ""), help="or SHIPYARD_ATTESTATION"
-    )
-    parser.add_argument(
-        "--trusted-key", default=os.environ.get("SHIPYARD_TRUSTED_KEY", ""), help="or SHIPYARD_TRUSTED_KEY"
-    )
+    add_trust(parser)
     chosen = parser.parse_args(arguments)
     try:
-        key = parse_key(chosen.trusted_key, "--trusted-key")
-        fetch(chosen.uri, chosen.artifact, chosen.attestation, {key_id(key): key}, chosen.into)
+        fetch(chosen.uri, chosen.artifact, chosen.attestation, trusted(chosen.trusted_key), chosen.into)
     except (ShipyardError, OSError) as fault:
         print(f"error: {fault}", file=sys.stderr)
         return 1

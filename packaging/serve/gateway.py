@@ -14,8 +14,9 @@ from serve.asgi import DEADLINE_HEADER
 from serve.errors import ShipyardError
 from serve.feedback import Journal, files, firehose
 from serve.fused import POLICIES, RECOMMEND, SEARCH, Gateway, Pinned, Policy, open_gateway
-from serve.listen import add_common, serve, trusted
+from serve.listen import add_common, serve
 from serve.targets import Send, Target, http_send, sagemaker_send, triton_send
+from serve.trust import trusted
 
 
 def sends(pinned: Pinned, search: str, cluster: str, more: Mapping[str, str]) -> dict[str, Send]:

@@ -3,7 +3,6 @@
 import argparse
 import asyncio
 import logging
-import os
 import signal
 import socket
 import sys
@@ -16,7 +15,7 @@ import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serve.asgi import LARGEST_HEAD, SECONDS_TO_SEND, App, dump, log
-from serve.trust import Keys, key_id, parse_key
+from serve.trust import add_trust
 
 MOST_CONNECTIONS = 2_000
 SECONDS_KEPT = 75
@@ -159,15 +158,4 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drain", type=float, default=0, help="seconds to serve on after SIGTERM, not ready (default: 0)"
     )
-    parser.add_argument(
-        "--attestation", default=os.environ.get("SHIPYARD_ATTESTATION", ""), help="or SHIPYARD_ATTESTATION"
-    )
-    parser.add_argument(
-        "--trusted-key", default=os.environ.get("SHIPYARD_TRUSTED_KEY", ""), help="or SHIPYARD_TRUSTED_KEY"
-    )
-
-
-def trusted(text: str) -> Keys:
-    """Return the key of --trusted-key by its id."""
-    key = parse_key(text, "--trusted-key")
-    return {key_id(key): key}
+    add_trust(parser)

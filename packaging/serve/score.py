@@ -8,7 +8,6 @@ the error of a request that is wrong. A second run writes the same again; who pu
 import argparse
 import gzip
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from serve.codec import BadRequest
 from serve.errors import ShipyardError
 from serve.runtime import Model, open_bundle
-from serve.trust import key_id, parse_key
+from serve.trust import add_trust, trusted
 
 BATCH = 64
 
@@ -82,16 +81,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("uri", help="s3://bucket/prefix/ above in/ and out/")
     parser.add_argument("--bundle", type=Path, required=True, help="folder that serve.fetch has filled")
     parser.add_argument("--artifact", required=True, help="name that the bundle was attested as")
-    parser.add_argument(
-        "--attestation", default=os.environ.get("SHIPYARD_ATTESTATION", ""), help="or SHIPYARD_ATTESTATION"
-    )
-    parser.add_argument(
-        "--trusted-key", default=os.environ.get("SHIPYARD_TRUSTED_KEY", ""), help="or SHIPYARD_TRUSTED_KEY"
-    )
+    add_trust(parser)
     chosen = parser.parse_args(arguments)
     try:
-        key = parse_key(chosen.trusted_key, "--trusted-key")
-        model = open_bundle(chosen.bundle, chosen.artifact, chosen.attestation, {key_id(key): key})
+        model = open_bundle(chosen.bundle, chosen.artifact, chosen.attestation, trusted(chosen.trusted_key))
         print(json.dumps(score(model, chosen.artifact, chosen.uri)))
     except (ShipyardError, OSError) as fault:
         print(f"error: {fault}", file=sys.stderr)

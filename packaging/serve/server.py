@@ -23,10 +23,10 @@ from serve.batch import Batcher, Busy, Late, Work
 from serve.codec import BadRequest
 from serve.errors import ShipyardError
 from serve.files import sha256_file
-from serve.listen import add_common, serve, trusted
+from serve.listen import add_common, serve
 from serve.runtime import Model, open_bundle
 from serve.triton import CONTENT, HEADER_LENGTH, read_request, version, write_answer
-from serve.trust import MANIFEST
+from serve.trust import MANIFEST, trusted
 
 MOST_REQUESTS = 256
 

@@ -6,8 +6,10 @@ Keys are Ed25519 (RFC 8032), or P-256 for ECDSA with SHA-256 (FIPS 186-5), which
 is no longer used stays trusted for what it has signed; one that was lost is revoked, and nothing that it signed is trusted.
 """
 
+import argparse
 import base64
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -232,3 +234,19 @@ def verify_attestation(
             mend="fetch the newer one, or ask for the older one",
         )  # fmt: skip
     return sequence
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Add the options by which a program verifies its bundle; the environment tells them where they are not given."""
+    parser.add_argument(
+        "--attestation", default=os.environ.get("SHIPYARD_ATTESTATION", ""), help="or SHIPYARD_ATTESTATION"
+    )
+    parser.add_argument(
+        "--trusted-key", default=os.environ.get("SHIPYARD_TRUSTED_KEY", ""), help="or SHIPYARD_TRUSTED_KEY"
+    )
+
+
+def trusted(text: str) -> Keys:
+    """Return the key of --trusted-key by its id."""
+    key = parse_key(text, "--trusted-key")
+    return {key_id(key): key}
