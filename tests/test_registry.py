@@ -83,7 +83,7 @@ def test_the_same_release_is_registered_once_and_its_approval_is_kept(client: An
     assert registry.register(client, found, ENV, BUCKET, "once")["approval"] == "Approved"
     assert registry.register(client, found, ENV, BUCKET, "once", "approved")["state"] == "unchanged"
     assert registry.register(client, found, ENV, BUCKET, "once", "rejected")["approval"] == "Rejected"
-    _, other = a_release(tmp_path, sequence=2)
+    _, other = a_release(tmp_path, sequence=found.sequence + 1)
     assert registry.register(client, other, ENV, BUCKET, "once")["state"] == "registered"
     assert {p["ModelApprovalStatus"] for p in packages(client, "once")} == {"Rejected", "PendingManualApproval"}
     assert len(packages(client, "once")) == 2
