@@ -118,6 +118,14 @@ def test_a_source_of_no_weight_still_answers_where_the_other_is_missing(method):
     assert [product for product, _ in best(found, scores, 10)] == ["c", "d"]
 
 
+@pytest.mark.parametrize("method", ["weighted", "rrf"])
+def test_sources_of_no_weight_share_it_equally_where_the_others_are_missing(method):
+    other = (["d", "a"], [2.0, 1.0])
+    found = fused([None, TWO[1], other], method, {"weights": [1.0, 0.0, 0.0], "k": 10})
+    assert found == pytest.approx(fused([TWO[1], other], method, {"weights": [0.5, 0.5], "k": 10}))
+    assert len(set(found.values())) == len(found)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("answers", [[None, None], [([], []), ([], [])], [([], []), None]])
 def test_of_nothing_nothing_is_fused(method, answers):

@@ -8,7 +8,8 @@ vote: the number of sources whose first `depth` products hold it, ties by recipr
 rrf: the sum of weight / (k + place) (Cormack, Clarke and Büttcher, SIGIR 2009).
 stacking: a linear score of what `FEATURES` tell of each source, fitted by the softmax over a request's candidates.
 
-A source that is missing counts nothing; for weighted and rrf the weights of the others are scaled up to the same sum.
+A source that is missing counts nothing; for weighted and rrf the weights of the others are scaled up to the same sum, and
+where none of those that spoke has a weight they share it equally: what they say beats no order at all.
 """
 
 from collections.abc import Mapping, Sequence
@@ -94,7 +95,9 @@ def fuse(found: Candidates, method: str, parameters: Mapping[str, Any]) -> Float
     if method == "stacking":
         return describe(found) @ weights
     present = weights * found.spoke
-    scale = weights.sum() / present.sum() if present.sum() > 0 else 1.0
+    if not present.any():
+        present = found.spoke.astype(np.float64)
+    scale = (weights.sum() or 1.0) / (present.sum() or 1.0)
     told = found.scaled if method == "weighted" else 1 / (float(parameters["k"]) + found.place)
     return scale * (present @ told)
 
