@@ -4,12 +4,12 @@ import json
 
 import boto3
 import pytest
-from greengrass_endpoint import Endpoint
 
 from models.release import read_release
 from serve.errors import ShipyardError
 from serve.greengrass.words import SHADOW
 from shipyard import delivery, live, operate, rollout
+from shipyard.local.greengrass import Endpoint
 from shipyard.lock import component, edge_artifacts
 from tests.test_delivery import ACCOUNT, aws, project  # noqa: F401 -- fixtures
 from tests.test_infra import edge, gateway, recommend, search
