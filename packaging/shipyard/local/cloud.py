@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -15,11 +14,11 @@ import boto3
 
 from models.config import Environment
 from serve.errors import ShipyardError
+from shipyard.places import cdk_fault
 
 SECONDS = 600
 RUNNING = "MOTO_ECS_SERVICE_RUNNING"
 """How many tasks moto has running; a deployment of no more than that is done."""
-_FAULT = re.compile(r"^(?:error:|❌).*", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,7 @@ class Cloud:
         )  # fmt: skip
         told = done.stdout + done.stderr
         if done.returncode != 0:
-            found = _FAULT.search(told)
-            raise ShipyardError(f"cdk {arguments[0]}: {(found[0] if found else told)[-1500:].strip()}")
+            raise ShipyardError(f"cdk {arguments[0]}: {cdk_fault(told)}")
         return told
 
     def bootstrap(self, assembly: Path) -> None:
