@@ -28,7 +28,7 @@ from shipyard import load
 from shipyard.console import Reporter
 from shipyard.contenders import CODE, OURS, PACKAGES, PEERS, Contender, contenders, cores, memory, running
 from shipyard.fleet import titles
-from shipyard.release import base_folder
+from shipyard.pretrained import base_folder
 
 CONNECTIONS = 32
 CANDIDATES = 1_000
