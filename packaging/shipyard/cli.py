@@ -32,7 +32,7 @@ from shipyard.upload import open_store, upload_release
 from shipyard.weekly import WeeklyLine
 
 APART = {
-    "bench": "shipyard.bench",
+    "bench": "shipyard.bench.command",
     "collect": "shipyard.collect",
     "down": "shipyard.fleet",
     "drift": "shipyard.drift",

@@ -24,9 +24,9 @@ from serve.codec import Codec
 from serve.errors import ShipyardError
 from serve.files import read_json, sha256_file
 from serve.trust import MANIFEST
-from shipyard import load
+from shipyard.bench import load
+from shipyard.bench.contenders import CODE, OURS, PACKAGES, PEERS, Contender, contenders, cores, memory, running
 from shipyard.console import Reporter
-from shipyard.contenders import CODE, OURS, PACKAGES, PEERS, Contender, contenders, cores, memory, running
 from shipyard.fleet import titles
 from shipyard.pretrained import base_folder
 
