@@ -14,13 +14,13 @@ from models.release import File, artifact_key, attest, dump, files_digest, load_
 from serve.errors import ShipyardError
 from serve.files import sha256_file
 from serve.trust import MANIFEST, verify_attestation
+from shipyard.edge.lock import component, recipe_of
 from shipyard.keys import write_public
 from shipyard.local.cloud import local_clouds
 from shipyard.local.faults import Control
 from shipyard.local.rehearsal import Rehearsal
 from shipyard.local.rehearse import cases, prepare, rehearse, way
 from shipyard.local.successor import renew
-from shipyard.lock import component, recipe_of
 
 CDK = ROOT / "node_modules" / ".bin" / "cdk"
 FLEET = load_fleet(ROOT / "fleet.toml")

@@ -20,8 +20,9 @@ from transformers import BertConfig, BertModel
 from models.config import load_fleet
 from serve.errors import ShipyardError
 from serve.files import sha256_file
+from shipyard.line import Line
 from shipyard.local.greengrass import Refused
-from shipyard.release import Line, base_folder
+from shipyard.pretrained import base_folder
 from shipyard.remote import entry
 from shipyard.remote.command import STAGE, train
 from shipyard.remote.follow import Ended, Follower

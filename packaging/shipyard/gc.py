@@ -4,17 +4,21 @@ It fails closed: a release file that cannot be verified, or an environment whose
 that refers to is not known. Young objects are kept: an upload comes before the release file that names it.
 """
 
+import argparse
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from models.config import Fleet
 from models.release import Release, read_release
 from serve.errors import ShipyardError
+from serve.greengrass.words import delta_key
 from serve.trust import load_keys
-from shipyard.upload import Store, Stored
+from shipyard.console import Reporter
+from shipyard.upload import Store, Stored, open_store
 
-PREFIX = "artifacts/"
-"""Nothing outside of it is ever touched."""
+PREFIXES = ("artifacts/", "deltas/")
+"""Nothing outside of them is ever touched."""
 
 
 def referring(fleet: Fleet, folders: Sequence[Path]) -> list[Release]:
@@ -38,9 +42,29 @@ def referring(fleet: Fleet, folders: Sequence[Path]) -> list[Release]:
 
 
 def unused(store: Store, releases: Iterable[Release], days: float) -> list[Stored]:
-    """Return what no release refers to and was written more than `days` ago."""
+    """Return what no release refers to and was written more than `days` ago; a delta, where either end of it is none's."""
+    artifacts = [artifact for release in releases for artifact in release.artifacts]
     # by whole names: what lies among an artifact's files and is none of them goes too
-    keys = {
-        artifact.key + file.path for release in releases for artifact in release.artifacts for file in artifact.files
-    }
-    return [found for found in store.objects(PREFIX) if found.key not in keys and found.days > days]
+    keys = {artifact.key + file.path for artifact in artifacts for file in artifact.files}
+    bundles = {(artifact.name, artifact.manifest) for artifact in artifacts}
+    keys |= {delta_key(name, base, to) for name, base in bundles for other, to in bundles if other == name}
+    return [
+        found for prefix in PREFIXES for found in store.objects(prefix) if found.key not in keys and found.days > days
+    ]
+
+
+def run(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, reporter: Reporter) -> int:
+    """List or delete what nothing refers to."""
+    store = open_store(chosen.store)
+    found = unused(store, referring(fleet, (root / "releases", build / "releases")), chosen.older_than)
+    if chosen.delete:
+        store.remove([item.key for item in found])
+    size = sum(item.bytes for item in found)
+    if chosen.json:
+        keys = [item.key for item in found]
+        print(json.dumps({"keys": keys, "bytes": size, "deleted": chosen.delete}))
+        return 0
+    for item in found:
+        print(f"{item.key}  {item.bytes} bytes, {item.days:.0f} days")
+    reporter.line(f"{'deleted' if chosen.delete else 'unused'}  {len(found)} objects, {size} bytes")
+    return 0

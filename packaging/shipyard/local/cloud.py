@@ -14,7 +14,7 @@ import boto3
 
 from models.config import Environment
 from serve.errors import ShipyardError
-from shipyard.places import cdk_fault
+from shipyard.delivery.places import cdk_fault
 
 SECONDS = 600
 RUNNING = "MOTO_ECS_SERVICE_RUNNING"

@@ -19,11 +19,11 @@ from typing import Any
 from models.config import Fleet, load_fleet
 from models.release import Release
 from serve.errors import ShipyardError
-from shipyard.devices import groups
+from shipyard.delivery.pin import pin
+from shipyard.delivery.register import LEASE_S, LOCK
+from shipyard.edge.devices import groups
 from shipyard.local.cloud import Cloud
 from shipyard.local.faults import Control, Kind
-from shipyard.pin import pin
-from shipyard.register import LEASE_S, LOCK
 
 SECONDS = 900
 BUSY, RETURNED = "another run is delivering", "all targets are back on"
