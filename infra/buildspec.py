@@ -34,7 +34,7 @@ def deliver(env: str, source: str, *, approve: bool) -> str:
     return _spec(
         [
             # fleet.toml and releases/ as the build before has left them
-            'cp -R "$(printenv | sed -n s/^CODEBUILD_SRC_DIR_Delivery[A-Za-z]*=//p)/." .',
+            'cp -R "$(printenv | sed -n s/^CODEBUILD_SRC_DIR_Delivery[A-Za-z0-9]*=//p)/." .',
             *approval,
             _as("release", f'promote RELEASE="$RELEASE" FROM={source} ENV={env} KEY="$SIGNING_KEY"'),
             "touch .promoted",

@@ -1,4 +1,4 @@
-"""Who may change an environment from outside: GitHub workflows by OIDC, each with a role for what it does."""
+"""Who may change an environment from outside: GitHub workflows by OIDC, or a pipeline, each by a role for what it does."""
 
 import aws_cdk as cdk
 from aws_cdk import aws_iam as iam

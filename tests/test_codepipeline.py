@@ -5,6 +5,7 @@ import json
 import os
 import re
 import subprocess
+import tomllib
 
 import cfnlint.api
 import pytest
@@ -13,7 +14,8 @@ from conftest import ROOT
 from infra.buildspec import deliver, release
 from infra.checks import check
 from infra.delivery import builders
-from models.config import Environment
+from models.config import Environment, load_fleet
+from models.places import PipelineSettings
 from models.release import ShipyardError
 from tests.test_cost import lines, usage_of
 from tests.test_infra import (
@@ -348,4 +350,16 @@ def test_snapshot(template):
 def test_without_it_there_is_no_stack():
     stage = make_stage(*ALL, delivery={"repository": "owner/shop"})
     assert stage.node.try_find_child("pipeline") is None
-    assert "pipeline" in (ROOT / "docs" / "environments.md").read_text()
+
+
+def test_the_page_tells_every_key_and_shows_a_table_that_holds():
+    [row] = [
+        line for line in (ROOT / "docs" / "environments.md").read_text().splitlines() if "| `delivery.pipeline`" in line
+    ]
+    assert [key for key in PipelineSettings.model_fields if f"`{key}`" not in row] == []
+    page = (ROOT / "docs" / "training.md").read_text().partition("## The same by CodePipeline")[2]
+    shown = tomllib.loads(page.partition("```toml\n")[2].partition("```")[0])["env"]["dev"]["delivery"]
+    fleet = load_fleet(ROOT / "fleet.toml")
+    delivery = fleet.env["dev"].delivery.model_copy(update={"pipeline": PipelineSettings(**shown["pipeline"])})
+    env = fleet.env["dev"].model_copy(update={"delivery": delivery})
+    check("dev", fleet.model_copy(update={"env": fleet.env | {"dev": env}}))

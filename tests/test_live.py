@@ -248,6 +248,7 @@ def rolling(place, monkeypatch):
 def test_a_rollout_goes_from_target_to_target_and_what_is_live_is_the_release(place, rolling, capsys):
     following, run, brought, _ = rolling
     assert run() == 0
+    assert 'could not return to those of before: set edge.components = "published"' in capsys.readouterr().err
     assert [pattern for pattern, _ in brought] == ["gpu", "edge", "*"]
     assert place.wrong(following) == {}
     assert place.project.run("status", ENV) == 0

@@ -106,7 +106,7 @@ def local_clouds(envs: Mapping[str, Environment], root: Path, log: Path) -> Iter
     """
     cli = root / "node_modules" / ".bin" / "cdk"
     if not cli.exists():
-        raise ShipyardError("deploy-local: the CDK CLI is not installed", value=str(cli), mend="make setup")
+        raise ShipyardError("local cloud: the CDK CLI is not installed", value=str(cli), mend="make setup")
     # nothing of the caller's AWS may be reached, whatever goes wrong
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "CDK_"))}
     kept |= {"JSII_SILENCE_WARNING_END_OF_LIFE_NODE_VERSION": "20", "CDK_VALIDATION": "false"}
@@ -123,9 +123,7 @@ def local_clouds(envs: Mapping[str, Environment], root: Path, log: Path) -> Iter
         assert server.stdout is not None
         line = server.stdout.readline()
         if not line:
-            raise ShipyardError(
-                "deploy-local: the local cloud does not start", mend=f"read {log}; it needs shipyard[dev,export]"
-            )
+            raise ShipyardError("local cloud: it does not start", mend=f"read {log}; it needs shipyard[dev,export]")
         told = json.loads(line)
         yield {
             name: Cloud(

@@ -95,8 +95,7 @@ def controlled(app: Callable[..., Any]) -> Callable[..., Any]:
             FAULTS.armed[told["place"]] = told["kind"]
         elif what == "clear":
             FAULTS.clear()
-        elif what == "age":
-            found = s3_backends[told["account"]]["aws"].get_object(told["bucket"], told["key"])
+        elif what == "age" and (found := s3_backends[told["account"]]["aws"].get_object(told["bucket"], told["key"])):
             found.last_modified -= timedelta(seconds=told["seconds"])
         elif what != "met":
             return Response(status=404)(environ, start)

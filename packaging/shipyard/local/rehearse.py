@@ -26,14 +26,13 @@ LINKED = ("app.py", "cdk.json", "infra", "models", "packaging", "node_modules", 
 def cases(fleet: Fleet, env: str) -> list[Case]:
     """Return every fault that is rehearsed in an environment, in the order of a rollout."""
     account, stack = fleet.env[env].account, f"stack {fleet.project.name}-{env.replace('_', '-')}"
-    kills: tuple[Kind, ...] = ("killed before", "killed after")
-    found: list[Case] = []
-    for target in ("gpu", "cpu", "gateway"):
-        found += [Case(target, kind, f"{stack}-{target}") for kind in ("fails", "lies", *kills)]
-    found += [Case("edge", kind, f"greengrass {account}") for kind in ("fails", "lies", *kills)]
+    own: tuple[Kind, ...] = ("fails", "lies", "killed before", "killed after")
+    last: tuple[Kind, ...] = ("fails", "falls", "killed before", "killed after")
+    found = [Case(target, kind, f"{stack}-{target}") for target in ("gpu", "cpu", "gateway") for kind in own]
+    found += [Case("edge", kind, f"greengrass {account}") for kind in own]
     found.append(Case("edge", "fails", f"devices {account}"))
     # what is left to the last one is the edge's stack, which pins the components that were published
-    return found + [Case("rest", kind, f"{stack}-edge") for kind in ("fails", "falls", *kills)]
+    return found + [Case("rest", kind, f"{stack}-edge") for kind in last]
 
 
 def way(fleet: Fleet) -> list[str]:
@@ -43,9 +42,8 @@ def way(fleet: Fleet) -> list[str]:
         ShipyardError: they are not one after the other.
     """
     sources = {name: env.delivery.promote_from for name, env in fleet.env.items() if env.delivery is not None}
-    order = [name for name, source in sources.items() if source is None]
-    while following := [name for name, source in sources.items() if order and source == order[-1]]:
-        order += following
+    begins = [name for name, source in sources.items() if source is None]
+    order = fleet.way(begins[0]) if len(begins) == 1 else []
     if len(order) < 2 or sorted(order) != sorted(sources):
         told = ", ".join(f"{name} from {source}" for name, source in sources.items())
         raise ShipyardError(
@@ -79,7 +77,7 @@ def prepare(fleet_file: Path, first: Path, store: Path, out: Path) -> tuple[Rele
     write_public(approver, releases / "keys" / "approvers")
     second = renew(before, store, key, made)
     document = tomlkit.parse(fleet_file.read_text(encoding="utf-8"))
-    for env in document["env"].values():  # type: ignore[union-attr]
+    for env in document["env"].values():
         env["release"] = before.version
         env["edge"]["components"] = "published"
         env.pop("approval", None)
