@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from moto.cloudformation.exceptions import ValidationError
-from moto.core.common_models import CloudFormationModel
 from moto.iot.models import iot_backends
 from moto.iotdata.models import IoTDataPlaneBackend
 from moto.s3.models import s3_backends
@@ -129,7 +128,7 @@ class ThingGroup(Recorded):
         iot_backends[account_id][region_name].delete_thing_group(self.physical_resource_id)
 
 
-TYPES: Mapping[str, type[CloudFormationModel]] = {
+TYPES: Mapping[str, Any] = {
     "AWS::GreengrassV2::ComponentVersion": ComponentVersion,
     "AWS::GreengrassV2::Deployment": Deployment,
     "AWS::IoT::ThingGroup": ThingGroup,
