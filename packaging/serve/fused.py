@@ -24,7 +24,8 @@ from serve.feedback import KINDS, MOST_EVENTS, Journal, Unwritten, events, is_id
 from serve.files import read_json, sha256_file
 from serve.fusion import best, fuse, gather
 from serve.observed import observed
-from serve.targets import Gone, Heard, Target
+from serve.resilience import Target
+from serve.targets import Heard
 from serve.trust import MANIFEST, Keys, check_bundle, verify_attestation
 
 FUSION = "fusion.json"
@@ -89,6 +90,11 @@ class Gateway:
         )
         self._took = Histogram("target_seconds", "Time of a call to a target", ("target",), buckets=TIMES,
                                registry=registry)  # fmt: skip
+        self._hedges = Counter(
+            "target_hedges", "Questions that a target was asked twice, by what became of the second call",
+            ("target", "outcome"), registry=registry,
+        )  # fmt: skip
+        delays = Gauge("hedge_delay_seconds", "After which a target is asked again", ("target",), registry=registry)
         self._hits = Counter("cache_hits", "Answers from the cache", registry=registry)
         dropped = Gauge("records_dropped", "Impressions that could not be written", registry=registry)
         dropped.set_function(lambda: journal.dropped)
@@ -98,6 +104,7 @@ class Gateway:
         for name, target in targets.items():
             opened = Gauge(f"breaker_open_{name}", "Whether the target's breaker is open", registry=registry)
             opened.set_function(functools.partial(_open, target))
+            delays.labels(name).set_function(functools.partial(_delay, target))
 
     async def _fused(self, asked: Asked, route: str) -> Answer:
         document = asked.json()
@@ -171,18 +178,18 @@ class Gateway:
         if told["task"] != "search":
             document = {key: value for key, value in document.items() if key != "query"}
         start = time.perf_counter()
-        heard, state = None, "spoke"
-        try:
-            heard = await self.targets[source].ask(document, seconds, asked.id, asked.trace)
-        except Gone as gone:
-            state = gone.why
+        found = await self.targets[source].ask(document, seconds, asked.id, asked.trace)
         took = time.perf_counter() - start
-        states[source] = {"state": state, "ms": round(took * 1e3, 1)}
-        if heard is not None:
-            states[source] |= {"products": heard[0][:5], "score": heard[1][0] if heard[1] else None}
-        self._told.labels(source, state).inc()
+        states[source] = {"state": found.state, "ms": round(took * 1e3, 1)}
+        if found.hedge is not None:
+            states[source]["hedge"] = found.hedge
+            self._hedges.labels(source, found.hedge).inc()
+        if found.heard is not None:
+            products, scores = found.heard
+            states[source] |= {"products": products[:5], "score": scores[0] if scores else None}
+        self._told.labels(source, found.state).inc()
         self._took.labels(source).observe(took)
-        return heard
+        return found.heard
 
     def _own(self, document: Any) -> tuple[Id | None, Id | None, list[str]]:
         """Return user, place and the sources that are to be left out, which are the gateway's own keys."""
@@ -241,3 +248,7 @@ async def _page(content: bytes) -> Answer:
 
 def _open(target: Target) -> float:
     return float(target.breaker.open)
+
+
+def _delay(target: Target) -> float:
+    return target.hedge.delay

@@ -5,8 +5,9 @@ takes what the shopper did with an answer. The bundle is verified first, as ever
 """
 
 import argparse
+import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -15,7 +16,8 @@ from serve.errors import ShipyardError
 from serve.feedback import Journal, files, firehose
 from serve.fused import POLICIES, RECOMMEND, SEARCH, Gateway, Pinned, Policy, open_gateway
 from serve.listen import add_common, serve
-from serve.targets import Send, Target, http_send, sagemaker_send, triton_send
+from serve.resilience import Hedge, Target
+from serve.targets import Send, http_send, sagemaker_send, triton_send
 from serve.trust import trusted
 
 
@@ -62,17 +64,26 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--policy", action="append", default=[], metavar="ROUTE=POLICY", help=", ".join(POLICIES))
     parser.add_argument("--cache-seconds", type=float, default=10, help="how old a whole answer may be, 0 for none")
+    parser.add_argument(
+        "--hedge", type=float, default=0.05, metavar="SHARE",
+        help="of the questions to a target, how many may be asked twice, 0 for none (default: 0.05)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--hedge-after", type=float, default=0.95, metavar="QUANTILE",
+        help="of a target's latest times, after which it is asked again (default: 0.95)",
+    )  # fmt: skip
     parser.add_argument("--feedback", required=True, help="firehose:STREAM, or a folder")
     parser.add_argument("--page", type=Path, help="a page to show at /")
     chosen = parser.parse_args(arguments)
     try:
+        hedge = _hedge(chosen.hedge, chosen.hedge_after)
         keys = trusted(chosen.trusted_key)
         pinned = open_gateway(chosen.bundle, chosen.artifact, chosen.attestation, keys)
         policies = _pairs(chosen.policy, "--policy", (SEARCH, RECOMMEND), POLICIES)
         deadlines = {k: float(v) / 1000 for k, v in _pairs(chosen.deadline, "--deadline", pinned.sources).items()}
         addresses = _pairs(chosen.target, "--target", pinned.sources)
         asked = sends(pinned, chosen.search, chosen.cluster, addresses)
-        targets = {name: Target(name, send, deadlines.get(name, 60.0)) for name, send in asked.items()}
+        targets = {name: Target(name, send, deadlines.get(name, 60.0), hedge=hedge()) for name, send in asked.items()}
         stream = chosen.feedback.removeprefix("firehose:") if chosen.feedback.startswith("firehose:") else ""
         put = firehose(stream) if stream else files(Path(chosen.feedback))
         gateway = Gateway(
@@ -89,6 +100,15 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {fault}", file=sys.stderr)
         return 1
     return 0
+
+
+def _hedge(share: float, quantile: float) -> Callable[[], Hedge]:
+    """Return what makes the hedge of each target."""
+    if not 0 <= share <= 1:
+        raise ShipyardError("--hedge: wrong", value=share, allowed="a share from 0 to 1")
+    if not 0 < quantile < 1:
+        raise ShipyardError("--hedge-after: wrong", value=quantile, allowed="a quantile between 0 and 1")
+    return functools.partial(Hedge, share, quantile)
 
 
 def _pairs(
