@@ -92,7 +92,7 @@ bench-edge: setup ## the edge in figures: sizes, memory, latency, deltas (half a
 	PYTHONPATH=. $(BIN)/python tests/bench_edge.py
 
 edge-lock: setup ## write the lock of the edge's wheels anew, from constraints.txt
-	$(BIN)/python -m shipyard.wheels
+	$(BIN)/python -m shipyard.edge.wheels
 
 # --- a release's way: what .github/workflows/release.yml calls, in this order ---
 .PHONY: publish upload approve promote rollout status rollback record propose proposal

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from serve.errors import ShipyardError
 from serve.feedback import KINDS
-from shipyard import cli, delivery
-from shipyard.challenge import count
-from shipyard.sequential import Arm, check_split, interval, judge
+from shipyard import cli
+from shipyard.delivery import command as delivery
+from shipyard.delivery.challenge import count
+from shipyard.delivery.sequential import Arm, check_split, interval, judge
 
 WAYS = {"alpha": 0.05, "expected": 0.02}
 

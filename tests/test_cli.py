@@ -11,7 +11,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from filelock import FileLock
 
-from shipyard.cli import HELP
+from shipyard.grammar import HELP
 from tests.test_trust import write_release
 
 ROOT = Path(__file__).resolve().parents[1]

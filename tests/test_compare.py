@@ -15,7 +15,7 @@ from models.behaviour import VALIDATION, Behaviour, Market, Searches
 from models.config import load_fleet
 from serve.errors import ShipyardError
 from shipyard import compare
-from shipyard.comparison import COMPARED, comparison_lines, comparison_note, comparison_words, print_comparison
+from shipyard.pages.comparison import COMPARED, comparison_lines, comparison_note, comparison_words, print_comparison
 from shipyard.stage import Record, Stage
 
 FLEET = load_fleet(ROOT / "fleet.toml")

@@ -29,11 +29,12 @@ from models.config import load_fleet
 from models.promotion import read_promotions
 from models.release import File, artifact_key, attest, dump, files_digest, load_keys, sign
 from serve.errors import ShipyardError
-from shipyard import cli, promote, register
+from shipyard import cli
+from shipyard.delivery import promote, register
+from shipyard.delivery.grammar import VERBS
+from shipyard.delivery.pin import pin
+from shipyard.delivery.register import LOCK, Lost, lock, open_register
 from shipyard.keys import write_public
-from shipyard.pin import pin
-from shipyard.register import LOCK, Lost, lock, open_register
-from shipyard.verbs import VERBS
 from tests.test_infra import recommend, search
 from tests.test_trust import interval, sample_body
 

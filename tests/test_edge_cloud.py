@@ -22,12 +22,13 @@ from serve.greengrass import recipe
 from serve.greengrass.telemetry import Telemetry
 from serve.greengrass.words import SHADOW, delta_key, read_told
 from serve.trust import MANIFEST, load_keys
-from shipyard import components, devices, edge, rollout
 from shipyard.bundle import _version, write_zip
 from shipyard.console import Reporter
-from shipyard.devices import Clients
-from shipyard.lock import lock
-from shipyard.merge import Terms
+from shipyard.edge import command as edge
+from shipyard.edge import components, devices, rollout
+from shipyard.edge.devices import Clients
+from shipyard.edge.lock import lock
+from shipyard.edge.merge import Terms
 from shipyard.s3 import S3Store
 
 ENV = load_fleet(ROOT / "fleet.toml").env["dev"]

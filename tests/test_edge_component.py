@@ -21,8 +21,8 @@ from test_server import PRODUCTS, make_bundle
 
 from serve.greengrass import device, install, recipe
 from shipyard.bundle import bundle_runtime
+from shipyard.edge.wheels import LOCK, ROOTS, download, pins
 from shipyard.stage import closure
-from shipyard.wheels import LOCK, ROOTS, download, pins
 
 PHASES = {"bootstrap", "install", "run", "startup"}
 VARIABLE = re.compile(

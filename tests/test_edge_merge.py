@@ -13,9 +13,9 @@ from models.config import Profile
 from serve.errors import ShipyardError
 from serve.greengrass.adapt import Learner, log_odds
 from serve.greengrass.telemetry import Telemetry
-from shipyard.correct import correct, hold
-from shipyard.corrections import LOCK, read_corrections, write_corrections
-from shipyard.merge import Learned, Terms, learned_of, merge
+from shipyard.edge.correct import correct, hold
+from shipyard.edge.corrections import LOCK, read_corrections, write_corrections
+from shipyard.edge.merge import Learned, Terms, learned_of, merge
 
 NAME, ARTIFACT = "edge_recommend", "edge-recommend"
 BASE = "a" * 64
@@ -114,7 +114,7 @@ def test_no_device_moves_what_is_released_by_more_than_its_noise_is_made_for(tol
         return mean, {}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("shipyard.merge._noised", watch)
+        patch.setattr("shipyard.edge.merge._noised", watch)
         for some in (told, [told[0], other, *told[2:]]):
             merge(NAME, len(told), fleet(*some), (1.0, 0.0), terms)
     [(one, sensitivity), (two, _)] = heard

@@ -9,8 +9,10 @@ from greengrass_endpoint import Endpoint
 from models.release import read_release
 from serve.errors import ShipyardError
 from serve.greengrass.words import SHADOW
-from shipyard import delivery, live, operate, rollout
-from shipyard.lock import component, edge_artifacts
+from shipyard.delivery import command as delivery
+from shipyard.delivery import live, operate
+from shipyard.edge import rollout
+from shipyard.edge.lock import component, edge_artifacts
 from tests.test_delivery import ACCOUNT, aws, project  # noqa: F401 -- fixtures
 from tests.test_infra import edge, gateway, recommend, search
 

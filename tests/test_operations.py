@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 import app
 from models.config import Environment
 from models.release import sign
-from shipyard import rollout
+from shipyard.edge import rollout
 from tests.test_infra import (
     ACCOUNT,
     BUCKET,

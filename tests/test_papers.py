@@ -25,13 +25,23 @@ from models.config import Base, load_fleet
 from models.release import Release, Signer, check_papers, dump, json_schema, read_release, replaced, sign, version_of
 from serve.errors import ShipyardError
 from serve.trust import Keys, Revoked, key_id, load_keys
-from shipyard import bom, ingredients, provenance
-from shipyard.card import card
 from shipyard.cli import main
 from shipyard.gates import judged, judged_forms
 from shipyard.keys import write_public
-from shipyard.origin import BUILDER, Origin, find_origin
-from shipyard.papers import BOM, CARD, FIGURES, PROVENANCE, make_papers, named, read_paper, verify_papers, write_papers
+from shipyard.papers import bom, ingredients, provenance
+from shipyard.papers.card import card
+from shipyard.papers.files import (
+    BOM,
+    CARD,
+    FIGURES,
+    PROVENANCE,
+    make_papers,
+    named,
+    read_paper,
+    verify_papers,
+    write_papers,
+)
+from shipyard.papers.origin import BUILDER, Origin, find_origin
 from shipyard.publish import publish
 from shipyard.release import base_folder
 

@@ -93,7 +93,7 @@ def test_measures_that_drifted_are_a_reason(fleet, tmp_path):
 
 
 def test_the_alarm_that_is_asked_for_is_one_that_the_stack_makes():
-    from shipyard.propose import DRIFT
+    from shipyard.delivery.propose import DRIFT
 
     assert f'alarm_description="{DRIFT}' in (ROOT / "infra" / "observe.py").read_text()
 

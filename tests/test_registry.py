@@ -16,10 +16,10 @@ from models.config import load_fleet
 from models.release import Release, dump, read_release, sign
 from serve.errors import ShipyardError
 from serve.trust import load_keys
-from shipyard import registry
 from shipyard.cli import main
+from shipyard.delivery import registry
 from shipyard.keys import write_public
-from shipyard.papers import FIGURES, named, write_papers
+from shipyard.papers.files import FIGURES, named, write_papers
 
 FLEET = load_fleet(ROOT / "fleet.toml")
 ENV, BUCKET = FLEET.env["dev"], FLEET.bucket("dev")

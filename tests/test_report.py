@@ -15,11 +15,11 @@ from models.config import load_fleet
 from models.lineage import Gated
 from models.release import Release, read_release
 from serve.trust import load_keys
-from shipyard import plots
-from shipyard.comparison import comparison
-from shipyard.page import between, judge, number, table
-from shipyard.plots import Mark, Row, Series
-from shipyard.report import report, verdict
+from shipyard.pages import plots
+from shipyard.pages.comparison import comparison
+from shipyard.pages.page import between, judge, number, table
+from shipyard.pages.plots import Mark, Row, Series
+from shipyard.pages.report import report, verdict
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 BAD = '<script>alert("1")</script> & 中文'

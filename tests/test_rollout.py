@@ -6,11 +6,11 @@ import itertools
 import pytest
 
 from serve.errors import ShipyardError
-from shipyard import register as registers
-from shipyard.orchestrate import STATE, roll_out
-from shipyard.places import Place, deployer
-from shipyard.register import LOCK, Entry, Lost, lock
-from shipyard.standing import Row
+from shipyard.delivery import register as registers
+from shipyard.delivery.orchestrate import STATE, roll_out
+from shipyard.delivery.places import Place, deployer
+from shipyard.delivery.register import LOCK, Entry, Lost, lock
+from shipyard.delivery.standing import Row
 from tests.test_delivery import aws, project  # noqa: F401 -- fixtures
 
 OLD, NEW, NEXT = "0.1.0-g000000000001", "0.1.0-g000000000002", "0.1.0-g000000000003"

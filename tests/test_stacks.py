@@ -209,6 +209,6 @@ def test_every_verb_of_the_page_is_there():
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
     for verb in re.findall(r"`?make ([a-z-]+)", DEPLOYMENT):
         assert re.search(rf"^{verb}:", text, flags=re.M), verb
-    cli = (ROOT / "packaging" / "shipyard" / "cli.py").read_text(encoding="utf-8")
+    grammar = (ROOT / "packaging" / "shipyard" / "grammar.py").read_text(encoding="utf-8")
     for verb in re.findall(r"shipyard ([a-z]+) ", DEPLOYMENT):
-        assert f'"{verb}"' in cli, verb
+        assert f'"{verb}"' in grammar, verb

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from shipyard.verbs import VERBS as DELIVERY
-from shipyard.verbs import parser
+from shipyard.delivery.grammar import VERBS as DELIVERY
+from shipyard.delivery.grammar import parser
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))

@@ -5,6 +5,7 @@ another core. The limit is measured in each round too: the model in a bare loop 
 is told are medians over the rounds and of ratios within a round, for a machine that others use is not the same twice.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -18,12 +19,16 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from models.config import Fleet
 from serve.codec import Codec
 from serve.errors import ShipyardError
 from serve.files import read_json, sha256_file
 from serve.trust import MANIFEST
 from shipyard import load
+from shipyard.console import Reporter
 from shipyard.contenders import CODE, OURS, PACKAGES, PEERS, Contender, contenders, cores, memory, running
+from shipyard.fleet import titles
+from shipyard.release import base_folder
 
 CONNECTIONS = 32
 CANDIDATES = 1_000
@@ -246,3 +251,17 @@ def _processor() -> str:
         (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown processor"
     )
     return f"{model}, {len(os.sched_getaffinity(0))} cores"
+
+
+def run(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, reporter: Reporter) -> int:
+    """Measure the CPU server beside others."""
+    made = build / chosen.profile
+    bundle = made / chosen.unit / "bundle" / "bundle"
+    if not bundle.is_dir():
+        raise ShipyardError(f"{bundle}: no bundle", mend=f"shipyard release --profile {chosen.profile}")
+    record = bench(
+        bundle, [name for name in chosen.peers.split(",") if name], chosen.seconds, chosen.rounds, build / "bench",
+        root / "constraints.txt", base_folder(fleet), titles(made), reporter.progress,
+    )  # fmt: skip
+    print(json.dumps(record) if chosen.json else markdown(record))
+    return 0

@@ -33,12 +33,12 @@ from serve.history import FEATURES, LIMIT, OFFER
 from serve.runtime import LOGITS, Model
 from serve.trust import MANIFEST, check_bundle
 from shipyard.archive import write_tar_gz
+from shipyard.edge.wheels import LOCK, unpacked
 from shipyard.export import IR_VERSION, OPSET
 from shipyard.gates import MOST_RUNTIME_MB
 from shipyard.golden import golden
 from shipyard.reference import REFERENCE
 from shipyard.stage import closure
-from shipyard.wheels import LOCK, unpacked
 
 CODE = Path(serve.__file__).parent
 
@@ -241,7 +241,7 @@ EDGE_CODE = (
 def bundle_runtime(models: tuple[str, ...], wheels: Path, out: Path) -> dict[str, Any]:
     """Write the edge's runtime, code and wheels, as a bundle and a zip for each architecture; return its artifact.
 
-    `models` are the artifacts that it serves, `wheels` the folder of `shipyard.wheels`.
+    `models` are the artifacts that it serves, `wheels` the folder of `shipyard.edge.wheels`.
     """
     tree = _empty(out)
     (out / "upload").mkdir(parents=True)

@@ -4,11 +4,15 @@ Feedback becomes `events`; an impression of a search becomes rows of `searches`,
 where feedback on the same request names it. What was written twice, or cut off by a crash, counts once or not at all.
 """
 
+import argparse
+import json
 from pathlib import Path
 
 import duckdb
 
+from models.config import Fleet
 from serve.errors import ShipyardError
+from shipyard.console import Reporter
 from shipyard.schema import quoted
 
 EVENTS = """
@@ -83,3 +87,9 @@ def read_journal(journal: Path) -> tuple[duckdb.DuckDBPyConnection, int]:
     )
     db.execute("CREATE TABLE records AS SELECT line::JSON AS record FROM lines WHERE json_valid(line)")
     return db, db.sql("SELECT count(*) FROM lines WHERE NOT json_valid(line)").fetchall()[0][0]
+
+
+def run(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, reporter: Reporter) -> int:
+    """Make training data of a journal and tell how much."""
+    print(json.dumps(collect(chosen.journal, chosen.out)))
+    return 0

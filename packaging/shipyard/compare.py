@@ -109,7 +109,7 @@ def compare(
     }
     record = _compared(profile_name, start, records)
     write(build / "compare" / "compare.json", json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False))
-    page = importlib.import_module("shipyard.comparison").comparison(record, build / "compare" / "compare.html")
+    page = importlib.import_module("shipyard.pages.comparison").comparison(record, build / "compare" / "compare.html")
     return page, record
 
 

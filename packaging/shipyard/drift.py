@@ -12,6 +12,8 @@ one degree a bin (Hosmer and Lemeshow, "Goodness of fit tests for the multiple l
 Drift is what is both as large as its limit and not by chance, at one in a hundred.
 """
 
+import argparse
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,15 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from models.config import Fleet
 from models.release import Release
 from serve.errors import ShipyardError
 from serve.feedback import KINDS
 from serve.files import read_json
 from serve.trust import check_bundle
 from shipyard.collect import read_journal
+from shipyard.console import Reporter
+from shipyard.look import newest, open_release
 from shipyard.reference import REFERENCE, Seen, binned, refer
 
 FEWEST = 200
@@ -190,3 +195,15 @@ def lines(found: Mapping[str, Any]) -> list[str]:
 
 def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
+
+
+def run(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, reporter: Reporter) -> int:
+    """Compare a journal with its release, or with another journal."""
+    kinds, bundle = chosen.taken.split(","), None
+    if chosen.against is not None:
+        reference = of_journal(chosen.against, kinds)
+    else:
+        reference, bundle = of_release(open_release(chosen.release or newest(build)), build)
+    found = drift(reference, seen(chosen.journal, kinds, bundle), chosen.psi, chosen.calibration)
+    print(json.dumps(found) if chosen.json else "\n".join(lines(found)))
+    return 3 if found["drifted"] else 0

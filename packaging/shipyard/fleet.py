@@ -4,6 +4,7 @@ Each process runs the code of its own bundle. The GPU endpoint alone has a stand
 Triton's bundle, on the CPU.
 """
 
+import argparse
 import json
 import os
 import signal
@@ -17,10 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import serve
+from models.config import Fleet
 from models.release import Release, trusted_key
 from serve.errors import ShipyardError
 from serve.files import read_json, sha256_file
-from serve.trust import MANIFEST, Keys
+from serve.trust import MANIFEST, Keys, load_keys
+from shipyard.console import Reporter
+from shipyard.look import newest, open_release
 
 STATE = "up.json"
 SECONDS = 60
@@ -206,3 +210,17 @@ def _born(pid: int) -> str:
 
 def _running(one: Mapping[str, Any]) -> bool:
     return _born(one["pid"]) == one["born"]
+
+
+def run(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, reporter: Reporter) -> int:
+    """Start or end the fleet on this machine."""
+    if chosen.verb == "down":
+        print(json.dumps({"ended": down(build)}))
+        return 0
+    path = chosen.release or newest(build)
+    keys = load_keys(path.parent / "keys")
+    state = up(open_release(path), keys, build, chosen.port)
+    for member in state["members"]:
+        reporter.line(f"serves   {member['name']} at {member['url']}, process {member['pid']}")
+    print(json.dumps(state) if chosen.json else f"open {state['members'][0]['url']}/ ; end it with shipyard down")
+    return 0

@@ -4,6 +4,8 @@ It fails closed: a release file that cannot be verified, or an environment whose
 that refers to is not known. Young objects are kept: an upload comes before the release file that names it.
 """
 
+import argparse
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -11,7 +13,8 @@ from models.config import Fleet
 from models.release import Release, read_release
 from serve.errors import ShipyardError
 from serve.trust import load_keys
-from shipyard.upload import Store, Stored
+from shipyard.console import Reporter
+from shipyard.upload import Store, Stored, open_store
 
 PREFIX = "artifacts/"
 """Nothing outside of it is ever touched."""
@@ -44,3 +47,20 @@ def unused(store: Store, releases: Iterable[Release], days: float) -> list[Store
         artifact.key + file.path for release in releases for artifact in release.artifacts for file in artifact.files
     }
     return [found for found in store.objects(PREFIX) if found.key not in keys and found.days > days]
+
+
+def run(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, reporter: Reporter) -> int:
+    """List or delete what nothing refers to."""
+    store = open_store(chosen.store)
+    found = unused(store, referring(fleet, (root / "releases", build / "releases")), chosen.older_than)
+    if chosen.delete:
+        store.remove([item.key for item in found])
+    size = sum(item.bytes for item in found)
+    if chosen.json:
+        keys = [item.key for item in found]
+        print(json.dumps({"keys": keys, "bytes": size, "deleted": chosen.delete}))
+        return 0
+    for item in found:
+        print(f"{item.key}  {item.bytes} bytes, {item.days:.0f} days")
+    reporter.line(f"{'deleted' if chosen.delete else 'unused'}  {len(found)} objects, {size} bytes")
+    return 0

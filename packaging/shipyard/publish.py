@@ -5,8 +5,8 @@ from pathlib import Path
 from models.release import Release, dump, read_release
 from serve.errors import ShipyardError
 from serve.trust import load_keys
-from shipyard.lock import lock
-from shipyard.papers import copy_papers, verify_papers
+from shipyard.edge.lock import lock
+from shipyard.papers.files import copy_papers, verify_papers
 from shipyard.stage import write
 
 

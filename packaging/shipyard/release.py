@@ -26,11 +26,11 @@ from models.submodel import MAX_TOKENS
 from serve.errors import ShipyardError
 from serve.files import sha256_file
 from serve.trust import load_keys
-from shipyard.corrections import read_corrections
+from shipyard.edge.corrections import read_corrections
 from shipyard.gates import judged, judged_forms
 from shipyard.keys import write_public
-from shipyard.origin import NOWHERE, Origin
-from shipyard.papers import make_papers, named, write_papers
+from shipyard.papers.files import make_papers, named, write_papers
+from shipyard.papers.origin import NOWHERE, Origin
 from shipyard.stage import Record, Stage, closure, digest, write
 from shipyard.upload import open_store, upload
 
@@ -261,7 +261,7 @@ class Line:
         data, tuned, correction = self.data, self.finetune, merged["correction"]
 
         def work(out: Path) -> Any:
-            module = importlib.import_module("shipyard.correct")
+            module = importlib.import_module("shipyard.edge.correct")
             return module.correct(
                 data.folder, tuned.folder, self.fleet.finetune, self.profile, self.names, name, plain, correction
             )
@@ -276,7 +276,7 @@ class Line:
     @functools.cached_property
     def wheels(self) -> Record:
         """The packages that an edge device installs, by the digests of their lock."""
-        module = importlib.import_module("shipyard.wheels")
+        module = importlib.import_module("shipyard.edge.wheels")
         return self._run("wheels", RUNTIME, (), {"lock": sha256_file(module.LOCK)}, module.wheels)
 
     @functools.cache  # noqa: B019 - a line lives as long as its command
@@ -364,7 +364,9 @@ class Line:
 
     def page(self, out: Path | None = None) -> Path:
         """Write the page of the figures to the file `out`, or to build/<profile>/report.html."""
-        page: Path = importlib.import_module("shipyard.report").report(self.record(), out or self.build / "report.html")
+        page: Path = importlib.import_module("shipyard.pages.report").report(
+            self.record(), out or self.build / "report.html"
+        )
         return page
 
     def compare(self, methods: Sequence[str]) -> tuple[Path, dict[str, Any]]:

@@ -20,8 +20,8 @@ from cyclonedx.validation.json import JsonStrictValidator
 from packageurl import PackageURL
 
 from serve.errors import ShipyardError
-from shipyard.ingredients import Ingredient, licence, pypi
-from shipyard.uses import INPUTS, USERS, purpose
+from shipyard.papers.ingredients import Ingredient, licence, pypi
+from shipyard.papers.uses import INPUTS, USERS, purpose
 
 KINDS = {
     "triton": ComponentType.PLATFORM,

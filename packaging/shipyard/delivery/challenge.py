@@ -9,8 +9,8 @@ from pathlib import Path
 import duckdb
 
 from serve.errors import ShipyardError
+from shipyard.delivery.sequential import Arm
 from shipyard.schema import quoted
-from shipyard.sequential import Arm
 
 FIRST = """
 CREATE TABLE firsts AS

@@ -25,8 +25,8 @@ from models.config import Fleet
 from models.promotion import Promotion, check_chain, sign_promotion
 from models.release import Release, Signer, load_keys, read_release
 from serve.errors import ShipyardError
-from shipyard.pin import pin
-from shipyard.register import FOLDER, Lost, Register, lock
+from shipyard.delivery.pin import pin
+from shipyard.delivery.register import FOLDER, Lost, Register, lock
 from shipyard.stage import write
 from shipyard.upload import Store, upload
 from shipyard.verify import checked, verify_store

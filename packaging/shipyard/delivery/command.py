@@ -1,4 +1,4 @@
-"""The verbs of delivery: open what they need, do it, print what they found. Their grammar is shipyard.verbs."""
+"""The verbs of delivery: open what they need, do it, print what they found. Their grammar is `shipyard.delivery.grammar`."""
 
 import argparse
 import importlib
@@ -29,10 +29,10 @@ from serve.errors import ShipyardError
 from serve.files import read_json
 from serve.trust import key_id
 from shipyard.console import Reporter
+from shipyard.delivery.grammar import parser
+from shipyard.delivery.sequential import Arm, judge
 from shipyard.keys import open_key
-from shipyard.sequential import Arm, judge
 from shipyard.stage import write
-from shipyard.verbs import parser
 
 KINDS = ("click", "cart", "purchase")
 """Kinds of feedback, as serve.feedback has them; that module speaks to AWS."""
@@ -65,7 +65,7 @@ def main(given: Sequence[str], around: Surroundings) -> int:
             raise ShipyardError(f"{chosen.verb}: no such environment", value=name, allowed=", ".join(fleet.env))
     reporter = Reporter()
     if chosen.verb in ("status", "rollout"):
-        return int(load("shipyard.operate").main(chosen, fleet, around, reporter))
+        return int(load("shipyard.delivery.operate").main(chosen, fleet, around, reporter))
     told = RUN[chosen.verb](chosen, fleet, around.home, reporter)
     print(json.dumps(told) if chosen.json else sentence(chosen.verb, told))
     return 0
@@ -141,7 +141,7 @@ def challenge(chosen: argparse.Namespace) -> int:
         kinds = tuple(chosen.kinds.split(","))
         if unknown := sorted(set(kinds) - set(KINDS)):
             raise ShipyardError("--kinds: no such feedback", value=", ".join(unknown), allowed=", ".join(KINDS))
-        arms = load("shipyard.challenge").count(*map(Path, given), kinds, chosen.settle)
+        arms = load("shipyard.delivery.challenge").count(*map(Path, given), kinds, chosen.settle)
     found = judge(
         *arms, alpha=chosen.alpha, expected=chosen.expect, least=chosen.least, most=chosen.most, share=chosen.share
     )
@@ -152,7 +152,7 @@ def challenge(chosen: argparse.Namespace) -> int:
 
 
 def _desk(chosen: argparse.Namespace, fleet: Fleet, home: Path, reporter: Reporter) -> tuple[ModuleType, Any]:
-    module = load("shipyard.promote")
+    module = load("shipyard.delivery.promote")
     key, by, at = _key(chosen, home / "signing.pem", reporter)
     desk = module.Desk(
         fleet, chosen.fleet.resolve(), key, by, at, reporter.progress, chosen.allow_older, chosen.dry_run
@@ -176,7 +176,7 @@ def open_store(fleet: Fleet, name: str) -> Any:
 def open_register(fleet: Fleet, name: str) -> Any:
     """Return the register of an environment, in the same bucket."""
     env = fleet.env[name]
-    return load("shipyard.register").open_register(fleet.bucket(name), env.region, env.account)
+    return load("shipyard.delivery.register").open_register(fleet.bucket(name), env.region, env.account)
 
 
 def sentence(verb: str, told: dict[str, Any]) -> str:

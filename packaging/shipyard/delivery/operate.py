@@ -9,17 +9,18 @@ from pathlib import Path
 from models.approval import check_standing, require_approval
 from models.config import Environment, Fleet
 from models.release import Keys, Release, load_keys, read_release, trusted_key
-from shipyard import live, rollout
-from shipyard.components import publish_component, publish_deltas
 from shipyard.console import Reporter
-from shipyard.delivery import Surroundings, open_register, open_store
-from shipyard.edge import others
-from shipyard.lock import edge_artifacts
-from shipyard.orchestrate import Target, roll_out
-from shipyard.places import Place, deployer
-from shipyard.promote import PROMOTIONS
-from shipyard.register import Register
-from shipyard.standing import Row, same, table
+from shipyard.delivery import live
+from shipyard.delivery.command import Surroundings, open_register, open_store
+from shipyard.delivery.orchestrate import Target, roll_out
+from shipyard.delivery.places import Place, deployer
+from shipyard.delivery.promote import PROMOTIONS
+from shipyard.delivery.register import Register
+from shipyard.delivery.standing import Row, same, table
+from shipyard.edge import rollout
+from shipyard.edge.command import others
+from shipyard.edge.components import publish_component, publish_deltas
+from shipyard.edge.lock import edge_artifacts
 
 DIFFERS = 3
 

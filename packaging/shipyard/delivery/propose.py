@@ -5,6 +5,7 @@ and what `shipyard drift` has found of requests, scores and calibration; what is
 has made of the gateway's feedback.
 """
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import duckdb
 from models.config import Fleet
 from serve.errors import ShipyardError
 from serve.files import read_json
+from shipyard.console import Reporter
 from shipyard.stage import write
 
 DRIFT = "Drift"
@@ -110,3 +112,20 @@ def propose(
         folder.mkdir(parents=True, exist_ok=True)
         write(path, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
     return told | {"proposed": bool(reasons), "events": events, "threshold": threshold}
+
+
+def run(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, reporter: Reporter) -> int:
+    """Look for reasons to train again and tell them."""
+    if chosen.env not in fleet.env:
+        raise ShipyardError("--env: no such environment", value=chosen.env, allowed=", ".join(fleet.env))
+    alarms = [] if chosen.no_alarms else alarms_of(fleet, chosen.env)
+    events = None if chosen.fresh is None else fresh(chosen.fresh)
+    measures = [] if chosen.drift is None else measured(chosen.drift)
+    told = propose(
+        fleet, chosen.env, alarms=alarms, measures=measures, events=events, threshold=chosen.events,
+        folder=root / "releases" / "proposed",
+    )  # fmt: skip
+    what = ", ".join(reason["what"] for reason in told["reasons"])
+    reporter.line(f"proposes a release for {chosen.env}: {what}" if what else "proposes nothing: no reason")
+    print(json.dumps(told, ensure_ascii=False))
+    return 0

@@ -20,7 +20,7 @@ from models.release import Artifact, Release, read_release
 from serve.errors import ShipyardError
 from serve.trust import load_keys
 from shipyard.console import Reporter
-from shipyard.papers import FIGURES, verify_papers
+from shipyard.papers.files import FIGURES, verify_papers
 from shipyard.upload import open_store, upload
 
 APPROVALS = {"pending": "PendingManualApproval", "approved": "Approved", "rejected": "Rejected"}

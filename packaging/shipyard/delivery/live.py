@@ -15,12 +15,12 @@ from botocore.exceptions import BotoCoreError, ClientError
 from models.config import Environment, Fleet
 from models.release import Artifact, Release
 from serve.errors import ShipyardError
-from shipyard import devices
-from shipyard.edge import open_clients
-from shipyard.lock import component, edge_artifacts
-from shipyard.promote import PROMOTIONS
-from shipyard.register import Register
-from shipyard.standing import Row, State
+from shipyard.delivery.promote import PROMOTIONS
+from shipyard.delivery.register import Register
+from shipyard.delivery.standing import Row, State
+from shipyard.edge import devices
+from shipyard.edge.command import open_clients
+from shipyard.edge.lock import component, edge_artifacts
 
 DIGITS = 12
 

@@ -7,8 +7,8 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shipyard import plots
-from shipyard.plots import Kind, Mark, Row, finite
+from shipyard.pages import plots
+from shipyard.pages.plots import Kind, Mark, Row, finite
 
 STYLE = """
 :root{color-scheme:light dark;--paper:#fff;--ink:#1c2126;--muted:#5d6770;--rule:#dfe3e7;--wash:#f5f7f8;

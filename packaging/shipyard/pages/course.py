@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from shipyard import plots
-from shipyard.page import Html, figure, grid, number, paragraph, table, whole
-from shipyard.plots import Kind, Series, finite
+from shipyard.pages import plots
+from shipyard.pages.page import Html, figure, grid, number, paragraph, table, whole
+from shipyard.pages.plots import Kind, Series, finite
 
 PHASES = {
     "mlm": ("Masked words", "cross entropy, nats", "Fills in hidden words of product texts and baskets."),

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from models.release import Release
-from shipyard.course import training
-from shipyard.dossier import card_of, cost, difference, evaluated, forms, release_facts, targets
-from shipyard.page import (
+from shipyard.pages.course import training
+from shipyard.pages.dossier import card_of, cost, difference, evaluated, forms, release_facts, targets
+from shipyard.pages.page import (
     JUDGED,
     LEVEL,
     NONE,
@@ -29,8 +29,8 @@ from shipyard.page import (
     table,
     whole,
 )
-from shipyard.plots import Kind, Mark, Row, dots, finite
-from shipyard.scores import fusion, metric_name, sub_model
+from shipyard.pages.plots import Kind, Mark, Row, dots, finite
+from shipyard.pages.scores import fusion, metric_name, sub_model
 from shipyard.stage import write
 
 

@@ -1,6 +1,6 @@
 """Wheels: what an edge device installs, pinned by digest for one interpreter and two architectures.
 
-edge_wheels.txt beside this file is the lock, in pip's own form: versions from constraints.txt, a SHA-256 of each wheel.
+wheels.txt beside this file is the lock, in pip's own form: versions from constraints.txt, a SHA-256 of each wheel.
 `make edge-lock` writes it anew; a release reads it and takes no other wheel.
 """
 
@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 
 from serve.errors import ShipyardError
 
-LOCK = Path(__file__).with_name("edge_wheels.txt")
+LOCK = Path(__file__).with_name("wheels.txt")
 
 ROOTS = (
     "awsiotsdk",

@@ -14,11 +14,11 @@ from models.config import Environment, Fleet
 from models.release import Release, read_release, trusted_key
 from serve.errors import ShipyardError
 from serve.trust import load_keys
-from shipyard import devices, rollout
-from shipyard.components import MEND, publish_edge
 from shipyard.console import Reporter
-from shipyard.corrections import LOCK, write_corrections
-from shipyard.merge import Terms, learned_of, merge
+from shipyard.edge import devices, rollout
+from shipyard.edge.components import MEND, publish_edge
+from shipyard.edge.corrections import LOCK, write_corrections
+from shipyard.edge.merge import Terms, learned_of, merge
 from shipyard.upload import open_store
 
 

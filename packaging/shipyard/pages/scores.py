@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from shipyard import plots
-from shipyard.page import (
+from shipyard.pages import plots
+from shipyard.pages.page import (
     BANDS,
     JUDGED,
     LEVEL,
@@ -22,7 +22,7 @@ from shipyard.page import (
     table,
     whole,
 )
-from shipyard.plots import Kind, Row, dots, finite
+from shipyard.pages.plots import Kind, Row, dots, finite
 
 
 def metric_name(score: Mapping[str, Any]) -> str:

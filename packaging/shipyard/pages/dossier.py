@@ -7,8 +7,21 @@ from markdown_it import MarkdownIt
 
 from models.release import Format, Release
 from shipyard.diff import diff
-from shipyard.page import NONE, Html, between, escaped, figure, grid, mark, number, paragraph, size_of, spoken, table
-from shipyard.plots import Kind, Mark, Row, dots, finite
+from shipyard.pages.page import (
+    NONE,
+    Html,
+    between,
+    escaped,
+    figure,
+    grid,
+    mark,
+    number,
+    paragraph,
+    size_of,
+    spoken,
+    table,
+)
+from shipyard.pages.plots import Kind, Mark, Row, dots, finite
 
 KINDS: tuple[tuple[Kind, str], ...] = (
     ("before", "fp32"), ("model", "served"), ("third", "tried"), ("worse", "refused"),

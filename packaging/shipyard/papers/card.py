@@ -6,8 +6,8 @@ The form is that of Mitchell et al. (FAT* 2019), with the head that the Hugging 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from shipyard.ingredients import Ingredient
-from shipyard.uses import NOT_FOR, USERS, purpose
+from shipyard.papers.ingredients import Ingredient
+from shipyard.papers.uses import NOT_FOR, USERS, purpose
 
 
 def card(

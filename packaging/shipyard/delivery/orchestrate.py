@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NoReturn, Protocol
 
 from serve.errors import ShipyardError
-from shipyard.register import FOLDER, Lost, Register, lock
+from shipyard.delivery.register import FOLDER, Lost, Register, lock
 
 STATE = f"{FOLDER}rollout.json"
 

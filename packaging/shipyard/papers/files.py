@@ -30,7 +30,7 @@ def make_papers(
     `folders` hold the files of the artifacts as they are uploaded, by the artifacts' names.
     """
     # not at the top: only who makes releases has the libraries
-    from shipyard import bom, card, ingredients, provenance, uses
+    from shipyard.papers import bom, card, ingredients, provenance, uses
 
     figures = line.record()
     found = {"data": ingredients.data(line.fleet), "base": ingredients.base_model(line.fleet, line.base)}
@@ -51,7 +51,7 @@ def make_papers(
 
 def _requirements(body: Mapping[str, Any], folders: Mapping[str, Path]) -> dict[str, Path]:
     """Return what each artifact installs, in pip's form; the edge's runtime brings the wheels of its lock."""
-    from shipyard.wheels import LOCK
+    from shipyard.edge.wheels import LOCK
 
     found = {}
     for artifact in body["artifacts"]:
@@ -96,7 +96,7 @@ def verify_papers(release: Path, found: Release, keys: Keys) -> list[str]:
     check_papers(release, found.papers)
     names = [paper.name for paper in found.papers]
     if PROVENANCE in names:
-        from shipyard.provenance import check_provenance  # not at the top: most verbs do without the library
+        from shipyard.papers.provenance import check_provenance  # not at the top: most verbs do without the library
 
         path = papers_folder(release) / PROVENANCE
         check_provenance(path.read_bytes(), found, keys, str(path))

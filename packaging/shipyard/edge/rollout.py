@@ -14,9 +14,9 @@ from models.config import EdgeSettings
 from models.release import Release
 from serve.errors import ShipyardError
 from serve.greengrass.words import SHADOW, Delta, Told, write_told
-from shipyard.components import call, pointer
-from shipyard.devices import Clients, Seen, groups, look_all, things
-from shipyard.lock import component, edge_artifacts
+from shipyard.edge.components import call, pointer
+from shipyard.edge.devices import Clients, Seen, groups, look_all, things
+from shipyard.edge.lock import component, edge_artifacts
 
 NUCLEUS = "aws.greengrass.Nucleus"
 TOKEN_EXCHANGE = "aws.greengrass.TokenExchangeService"  # noqa: S105 -- a component's name

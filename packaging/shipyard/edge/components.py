@@ -19,7 +19,7 @@ from models.release import Artifact, Release
 from serve.errors import ShipyardError
 from serve.greengrass.delta import make_delta
 from serve.greengrass.words import Delta, Pointer, delta_key
-from shipyard.lock import component, edge_artifacts, recipe_of
+from shipyard.edge.lock import component, edge_artifacts, recipe_of
 from shipyard.upload import Store, upload
 
 SECONDS_TO_DEPLOYABLE = 300.0

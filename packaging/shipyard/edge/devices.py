@@ -13,7 +13,7 @@ from models.config import EdgeSettings
 from serve.errors import ShipyardError
 from serve.greengrass.telemetry import total
 from serve.greengrass.words import SHADOW, Told, read_told
-from shipyard.components import call
+from shipyard.edge.components import call
 
 Standing = Literal["in step", "behind", "silent", "failed"]
 AT_ONCE = 16

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serve.errors import ShipyardError
-from shipyard.standing import Row, same
+from shipyard.delivery.standing import Row, same
 
 LINES = 15
 

@@ -7,9 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from shipyard import plots
-from shipyard.course import learning, ranks_kept
-from shipyard.page import (
+from shipyard.pages import plots
+from shipyard.pages.course import learning, ranks_kept
+from shipyard.pages.page import (
     BANDS,
     NONE,
     between,
@@ -26,7 +26,7 @@ from shipyard.page import (
     table,
     whole,
 )
-from shipyard.plots import Kind, Mark, Row, Series, dots, finite
+from shipyard.pages.plots import Kind, Mark, Row, Series, dots, finite
 from shipyard.stage import write
 
 COMPARED = ("method", "validation loss", "nDCG@10 [95 %]", "MRR", "misspelt", "paraphrased", "parameters", "adapter",

@@ -1,0 +1,1 @@
+"""Edge: components, devices and what both have to do with the center."""

@@ -1,0 +1,1 @@
+"""Pages: figures as self-contained HTML."""
