@@ -16,7 +16,8 @@ from serve.errors import ShipyardError
 from serve.feedback import Journal, files, firehose
 from serve.fused import POLICIES, RECOMMEND, SEARCH, Gateway, Pinned, Policy, open_gateway
 from serve.listen import add_common, serve
-from serve.resilience import Hedge, Target
+from serve.resilience import Breaker, Hedge, Target
+from serve.shard import SHARD, Fresh, shard_name, shard_send
 from serve.targets import Send, http_send, sagemaker_send, triton_send
 from serve.trust import trusted
 
@@ -49,6 +50,24 @@ def sends(pinned: Pinned, search: str, cluster: str, more: Mapping[str, str]) ->
     return found
 
 
+def shard(pinned: Pinned, url: str, more: Mapping[str, str], seconds: float, hedge: Hedge) -> Target[Fresh]:
+    """Return the shard of fresh items that goes with the release's search, at the server `url`.
+
+    Raises:
+        ShipyardError: search is not asked by its raw scores, which alone are of the shard's scale.
+    """
+    [(source, told)] = [(name, told) for name, told in pinned.targets.items() if told["task"] == SEARCH]
+    if source in more:
+        raise ShipyardError(
+            "--items: search is asked by --target, whose scores may be a cross-encoder's", value=more[source],
+            allowed="--search sagemaker:ENDPOINT or triton:URL",
+        )  # fmt: skip
+    name = shard_name(told["artifact"], told["manifest"])
+    send = shard_send(f"{url.rstrip('/')}/{name}/v1/{SEARCH}", told["level"])
+    # a shard that comes later is to be found soon, and asking where nothing listens costs next to nothing
+    return Target(SHARD, send, seconds, hedge=hedge, breaker=Breaker(longest=1.0))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Serve until SIGTERM; exit with 1 when the bundle is not to be trusted."""
     parser = argparse.ArgumentParser(prog="python -m serve.gateway", description=__doc__)
@@ -58,6 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--target", action="append", default=[], metavar="SOURCE=URL", help="a server of ours, by source"
     )
+    parser.add_argument("--items", default="", metavar="URL", help="server of the shard of fresh items, if any")
     parser.add_argument("--deadline", action="append", default=[], metavar="SOURCE=MS", help="of one target")
     parser.add_argument(
         "--deadline-ms", type=float, default=1000, help=f"of a request, unless {DEADLINE_HEADER} tells it"
@@ -80,22 +100,29 @@ def main(arguments: list[str] | None = None) -> int:
         keys = trusted(chosen.trusted_key)
         pinned = open_gateway(chosen.bundle, chosen.artifact, chosen.attestation, keys)
         policies = _pairs(chosen.policy, "--policy", (SEARCH, RECOMMEND), POLICIES)
-        deadlines = {k: float(v) / 1000 for k, v in _pairs(chosen.deadline, "--deadline", pinned.sources).items()}
+        deadlines = {
+            k: float(v) / 1000 for k, v in _pairs(chosen.deadline, "--deadline", (*pinned.sources, SHARD)).items()
+        }
         addresses = _pairs(chosen.target, "--target", pinned.sources)
         asked = sends(pinned, chosen.search, chosen.cluster, addresses)
         targets = {name: Target(name, send, deadlines.get(name, 60.0), hedge=hedge()) for name, send in asked.items()}
+        fresh = None
+        if chosen.items:
+            fresh = shard(pinned, chosen.items, addresses, deadlines.get(SHARD, 60.0), hedge())
         stream = chosen.feedback.removeprefix("firehose:") if chosen.feedback.startswith("firehose:") else ""
         put = firehose(stream) if stream else files(Path(chosen.feedback))
         gateway = Gateway(
             pinned, targets, Journal(put, prompt=not stream),
             {route: cast(Policy, policies.get(route, POLICIES[0])) for route in (SEARCH, RECOMMEND)},
             chosen.deadline_ms / 1000, chosen.cache_seconds, chosen.prefix,
-            chosen.page.read_bytes() if chosen.page is not None else None,
+            chosen.page.read_bytes() if chosen.page is not None else None, fresh,
         )  # fmt: skip
 
         serve(gateway.app, chosen.host, chosen.port, chosen.artifact, chosen.drain, end=gateway.journal.close)
         for target in targets.values():
             target.close()
+        if fresh is not None:
+            fresh.close()
     except (ShipyardError, OSError, OverflowError, ValueError) as fault:
         print(f"error: {fault}", file=sys.stderr)
         return 1

@@ -12,10 +12,13 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
-from serve.targets import Call, Gone, Heard, Send, Stop
+from serve.targets import Call, Gone, Stop
 from serve.trace import Trace
+
+T = TypeVar("T")
+"""What a target answers, e.g. `serve.targets.Heard`."""
 
 WINDOW = 256
 """Times of a target that its delay is learned from: the latest ones."""
@@ -31,13 +34,15 @@ CALM = 10.0
 
 
 class Breaker:
-    """Ask no more after `most` faults in a row, for a time that doubles with each further one from 0.5 to 30 seconds.
+    """Ask no more after `most` faults in a row, for a time that doubles with each further one from 0.5 to `longest` seconds.
 
     When it is over, one call tries; the others still get no answer until it succeeds (Nygard, "Release It!", 2007).
     """
 
-    def __init__(self, most: int = 5, clock: Callable[[], float] = time.monotonic) -> None:
-        self._most, self._clock = most, clock
+    def __init__(
+        self, most: int = 5, clock: Callable[[], float] = time.monotonic, longest: float = 30.0
+    ) -> None:  # fmt: skip
+        self._most, self._clock, self._longest = most, clock, longest
         self._faults, self._until, self._trying = 0, 0.0, False
 
     @property
@@ -65,7 +70,7 @@ class Breaker:
         self._trying = False
         self._faults = self._faults + 1 if fault else 0
         if self._faults >= self._most:
-            self._until = self._clock() + min(30.0, 0.5 * 2.0 ** (self._faults - self._most))
+            self._until = self._clock() + min(self._longest, 0.5 * 2.0 ** (self._faults - self._most))
 
 
 class Hedge:
@@ -117,20 +122,23 @@ class Hedge:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Outcome(Generic[T]):
     """What became of a question: the answer or None, "spoke" or why there is none, and, where it was asked twice, whether
     the second call "won" or "lost"."""
 
-    heard: Heard | None
+    heard: T | None
     state: str
     hedge: Literal["won", "lost"] | None = None
 
 
-class Target:
+class Target(Generic[T]):
     """One target by name; `seconds` is its deadline, if shorter than the request's."""
 
-    def __init__(self, name: str, send: Send, seconds: float, threads: int = 16, hedge: Hedge | None = None) -> None:
-        self.name, self.breaker, self.hedge = name, Breaker(), hedge or Hedge()
+    def __init__(
+        self, name: str, send: Callable[[Call], T], seconds: float, threads: int = 16, hedge: Hedge | None = None,
+        breaker: Breaker | None = None,
+    ) -> None:  # fmt: skip
+        self.name, self.breaker, self.hedge = name, breaker or Breaker(), hedge or Hedge()
         self._send, self._seconds = send, seconds
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
         # of their own: where slow calls hold all threads, a second call must not wait behind them
@@ -138,7 +146,7 @@ class Target:
 
     async def ask(
         self, document: dict[str, Any], seconds: float, request_id: str, trace: Trace | None = None
-    ) -> Outcome:
+    ) -> Outcome[T]:
         """Return what became of a question within the deadline."""
         try:
             self.breaker.begin()
@@ -166,7 +174,7 @@ class Target:
             for call in calls:
                 call.let_go()
 
-    async def _race(self, calls: list["_Running"], start: float) -> "_Running":
+    async def _race(self, calls: list["_Running[T]"], start: float) -> "_Running[T]":
         """Return the call that was answered first, the question's first one where none was; add the second to `calls`."""
         first, delay = calls[0], self.hedge.delay
         left = first.call.seconds - delay
@@ -192,10 +200,10 @@ class Target:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-class _Running:
+class _Running(Generic[T]):
     """A call in a thread."""
 
-    def __init__(self, pool: ThreadPoolExecutor, send: Send, call: Call) -> None:
+    def __init__(self, pool: ThreadPoolExecutor, send: Callable[[Call], T], call: Call) -> None:
         self.call = call
         self.future = asyncio.get_running_loop().run_in_executor(pool, send, call)
 
@@ -207,7 +215,7 @@ class _Running:
             self.future.exception()  # asyncio complains of a fault that nobody has looked at
 
 
-def _told(calls: list[_Running], winner: _Running | None = None) -> Literal["won", "lost"] | None:
+def _told(calls: list[_Running[T]], winner: _Running[T] | None = None) -> Literal["won", "lost"] | None:
     if len(calls) == 1:
         return None
     return "won" if winner is calls[1] else "lost"

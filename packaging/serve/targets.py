@@ -89,14 +89,14 @@ class Gone(Exception):
 
 def http_send(url: str, answer_key: str) -> Send:
     """Return what asks a server of ours at `url`, e.g. http://host/recommend/v1/recommend."""
-    pool = _pool()
+    pool = connections()
     plural = PLURALS[answer_key]
 
     def send(call: Call) -> Heard:
-        body = _post(pool, url, json.dumps(call.document).encode(), call, {"Content-Type": "application/json"})[0]
+        body = post(pool, url, json.dumps(call.document).encode(), call, {"Content-Type": "application/json"})[0]
         try:
             told = json.loads(body)[plural]
-            return _checked([one[answer_key] for one in told], [one["score"] for one in told])
+            return checked([one[answer_key] for one in told], [one["score"] for one in told])
         except (ValueError, KeyError, TypeError, RecursionError):
             raise Gone("corrupt") from None
 
@@ -105,12 +105,12 @@ def http_send(url: str, answer_key: str) -> Send:
 
 def triton_send(url: str, codec: Codec) -> Send:
     """Return what asks Triton at `url`, e.g. http://host/v2/models/search/infer."""
-    pool = _pool()
+    pool = connections()
 
     def send(call: Call) -> Heard:
         body, size = write_request(codec.encode([call.document]))
         headers = {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(size)}
-        answer, told = _post(pool, url, body, call, headers)
+        answer, told = post(pool, url, body, call, headers)
         return _decode(codec, call, answer, told.get(HEADER_LENGTH, ""))
 
     return send
@@ -172,15 +172,21 @@ class _SecureConnections(urllib3.HTTPSConnectionPool):
     ConnectionCls = _SecureConnection
 
 
-def _pool() -> urllib3.PoolManager:
+def connections() -> urllib3.PoolManager:
+    """Return a pool of connections whose calls can be let go of."""
     found = urllib3.PoolManager(maxsize=16, block=False, retries=False)
     found.pool_classes_by_scheme = {"http": _Connections, "https": _SecureConnections}
     return found
 
 
-def _post(
+def post(
     pool: urllib3.PoolManager, url: str, body: bytes, call: Call, headers: dict[str, str]
 ) -> tuple[bytes, urllib3.HTTPHeaderDict]:
+    """Return the body and the headers of an answer 200 that came in time and as it was sent.
+
+    Raises:
+        Gone: there is none.
+    """
     end = time.monotonic() + call.seconds
     _running.stop = call.stop
     # a call that is a second one is not made a third time
@@ -229,12 +235,12 @@ def _decode(codec: Codec, call: Call, body: bytes, head: str) -> Heard:
         if not rows.shape == scores.shape == (1, codec.returned) or rows.min() < 1:
             raise Gone("corrupt")
         k = call.document["k"]
-        return _checked([codec.answers[row - 1] for row in rows[0, :k].tolist()], scores[0, :k].tolist())
+        return checked([codec.answers[row - 1] for row in rows[0, :k].tolist()], scores[0, :k].tolist())
     except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         raise Gone("corrupt") from None
 
 
-def _checked(products: list[Any], scores: list[Any]) -> Heard:
+def checked(products: list[Any], scores: list[Any]) -> Heard:
     """Refuse what is no ranking: another type, no number, a product named twice, an order that is none."""
     if not all(type(product) in (int, str) for product in products) or len(set(products)) != len(products):
         raise Gone("corrupt")

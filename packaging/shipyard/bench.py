@@ -27,7 +27,7 @@ from serve.trust import MANIFEST
 from shipyard import load
 from shipyard.console import Reporter
 from shipyard.contenders import CODE, OURS, PACKAGES, PEERS, Contender, contenders, cores, memory, running
-from shipyard.fleet import titles
+from shipyard.pages.live import titles
 from shipyard.release import base_folder
 
 CONNECTIONS = 32
