@@ -30,7 +30,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 
 from models.config import load_fleet
 from shipyard.bundle import write_zip
-from shipyard.release import Line
+from shipyard.line import Line
 from shipyard.s3 import open_bucket
 from shipyard.upload import upload
 from tests.conftest import ROOT, TINY

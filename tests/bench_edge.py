@@ -36,7 +36,7 @@ from serve.files import sha256_file
 from serve.greengrass import recipe
 from serve.greengrass.delta import make_delta
 from serve.trust import MANIFEST
-from shipyard.release import RUNTIME, Line
+from shipyard.line import RUNTIME, Line
 from shipyard.weekly import WeeklyLine
 from tests.conftest import ROOT
 

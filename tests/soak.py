@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_fusion_gateway import FUSION, Fleet, requests, states
 from test_server import PRODUCTS, make_bundle, serving
 
-from shipyard import load
+from shipyard.bench import load
 from shipyard.fleet import down
 
 CLIENTS = 3

@@ -16,10 +16,11 @@ from models.config import load_fleet
 from models.release import File, artifact_key, attest, dump, files_digest, next_sequence, read_release, sign
 from serve.errors import ShipyardError
 from serve.files import sha256_file
+from serve.greengrass.words import delta_key
 from serve.trust import MANIFEST, load_keys
 from shipyard.bundle import write_zip
 from shipyard.diff import diff, diff_bundles, lines, same
-from shipyard.gc import PREFIX, referring, unused
+from shipyard.gc import referring, unused
 from shipyard.inspect import inspect
 from shipyard.inspect import lines as told_lines
 from shipyard.keys import write_public
@@ -332,6 +333,24 @@ def test_what_a_release_refers_to_stays_and_the_rest_goes(made, key, tmp_path):
     assert unused(made.store, referring(fleet_of(tmp_path, made.release), [made.folder, old.folder]), 7) == []
 
 
+def test_a_delta_goes_with_either_end_of_it(made, key, tmp_path):
+    old = Released(tmp_path / "old", key, text='{"old": 1}')
+    new, before = (
+        next(a.manifest for a in of.release.artifacts if a.name == "edge-recommend") for of in (made, old)
+    )  # fmt: skip
+    ends = {"way": (before, new), "return": (new, before), "lost": ("0" * 64, new), "no longer": (new, "0" * 64)}
+    for base, to in ends.values():
+        made.store.put(delta_key("edge-recommend", base, to), made.path, sha256_file(made.path), lambda count: None)
+    age(tmp_path / "made" / "store", 30)
+
+    def going(*folders):
+        found = {item.key for item in unused(made.store, referring(fleet_of(tmp_path, made.release), folders), 7)}
+        return {name for name, pair in ends.items() if delta_key("edge-recommend", *pair) in found}
+
+    assert going(made.folder, old.folder) == {"lost", "no longer"}
+    assert going(made.folder) == set(ends)
+
+
 def test_young_objects_and_those_that_an_upload_found_again_stay(made, key, tmp_path):
     old = Released(tmp_path / "old", key, text='{"old": 1}')
     old.store = made.store
@@ -351,10 +370,6 @@ def test_without_knowing_what_is_referred_to_nothing_goes(made, tmp_path):
     made.path.write_text(made.path.read_text().replace("recommend", "recomment", 1))
     with pytest.raises(ShipyardError, match="changed after it was signed"):
         referring(fleet, [made.folder])
-
-
-def test_only_artifacts_are_looked_at():
-    assert PREFIX == "artifacts/"
 
 
 # --- the order of releases -------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from models.config import load_fleet
 from serve.errors import ShipyardError
 from shipyard import tower as tower_module
 from shipyard import train
+from shipyard.pretrained import base_folder
 from shipyard.queries import PARAPHRASES, blur, misspell, mistype, paraphrase
-from shipyard.release import base_folder
 from shipyard.stage import closure
 from shipyard.tower import encode, pretrain, train_tower
 from shipyard.train import Training, by_rate, rate

@@ -42,8 +42,8 @@ from shipyard.papers.files import (
     write_papers,
 )
 from shipyard.papers.origin import BUILDER, Origin, find_origin
+from shipyard.pretrained import base_folder
 from shipyard.publish import publish
-from shipyard.release import base_folder
 
 FLEET = load_fleet(ROOT / "fleet.toml")
 COMMITTED = ROOT / "releases" / f"{FLEET.env['prod'].release}.json"

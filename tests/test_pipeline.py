@@ -238,7 +238,7 @@ from pathlib import Path
 
 from models.config import load_fleet
 from shipyard import bundle, export, quantise
-from shipyard.release import base_folder
+from shipyard.pretrained import base_folder
 
 unit, fleet, made, out = sys.argv[1], load_fleet(Path(sys.argv[2])), Path(sys.argv[3]), Path(sys.argv[4])
 facts = json.loads((made / unit / "bundle/bundle/bundle.json").read_text())["facts"]

@@ -21,7 +21,8 @@ from transformers import BertConfig, BertModel
 from models.config import load_fleet
 from serve.errors import ShipyardError
 from serve.files import sha256_file
-from shipyard.release import Line, base_folder
+from shipyard.line import Line
+from shipyard.pretrained import base_folder
 from shipyard.remote import entry
 from shipyard.remote.command import STAGE, train
 from shipyard.remote.follow import Ended, Follower

@@ -23,7 +23,7 @@ from serve import triton
 from serve.batch import Batcher, Busy, Late
 from serve.history import FEATURES
 from serve.runtime import Model
-from shipyard import load
+from shipyard.bench import load
 
 
 @pytest.fixture(scope="module")

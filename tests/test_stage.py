@@ -17,7 +17,7 @@ import shipyard.data
 import shipyard.release
 import shipyard.stage
 from models.config import load_fleet
-from shipyard.release import Line
+from shipyard.line import Line
 from shipyard.stage import RECORD, Record, Stage, closure, digest, write
 
 ROOT = Path(__file__).resolve().parents[1]

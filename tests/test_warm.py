@@ -15,7 +15,7 @@ from models.behaviour import TRAIN, load_behaviour
 from serve.errors import ShipyardError
 from shipyard import weekly
 from shipyard.bundle import write_zip
-from shipyard.release import base_folder
+from shipyard.pretrained import base_folder
 from shipyard.stage import Record
 from shipyard.warm import Earlier, _shared, warm
 from shipyard.weekly import WeeklyLine, left

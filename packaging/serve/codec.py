@@ -3,7 +3,9 @@
 A request names products by their ids, an answer too; rows of the model's table never leave this module.
 """
 
+import itertools
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,15 @@ from serve.history import KINDS, MOST_OFFERS, OFFER, Past, histories, pad
 SCHEMA = "shipyard.bundle/2"
 MOST_HISTORY = 10_000
 MOST_CANDIDATES = 10_000
+MOST_DAYS = 36_500
 PLURALS = {"product": "products", "type": "types", "category": "categories"}
 LONGEST_QUERY = 1_000
 
 Id = int | str
+
+_IDS = {int, str}
+_NUMBERS = {int, float}
+_KINDS = set(KINDS)
 
 
 class BadRequest(ShipyardError):
@@ -89,12 +96,13 @@ class Codec:
         events = request.get("history", [])
         if not isinstance(events, list) or len(events) > MOST_HISTORY:
             raise BadRequest(f"{where}: history: wrong", allowed=f"a list of at most {MOST_HISTORY} events")
-        for i, event in enumerate(events):
-            at = f"{where}: history[{i}]"
-            _check_product(event, at, {"product", "days_ago"}, {"kind"})
-            _check_number(event["days_ago"], f"{at}.days_ago", 36_500, "days from 0 to 36500")
-            if event.get("kind", KINDS[0]) not in KINDS:
-                raise BadRequest(f"{at}.kind: wrong", value=repr(event["kind"])[:80], allowed=", ".join(KINDS))
+        if not _all_right(events):
+            for i, event in enumerate(events):
+                at = f"{where}: history[{i}]"
+                _check_product(event, at, {"product", "days_ago"}, {"kind"})
+                _check_number(event["days_ago"], f"{at}.days_ago", MOST_DAYS, f"days from 0 to {MOST_DAYS}")
+                if (kind := event.get("kind", KINDS[0])) not in KINDS:
+                    raise BadRequest(f"{at}.kind: wrong", value=repr(kind)[:80], allowed=", ".join(KINDS))
         offers = request.get("offers", [])
         if not isinstance(offers, list) or len(offers) > MOST_OFFERS:
             raise BadRequest(f"{where}: offers: wrong", allowed=f"a list of at most {MOST_OFFERS} offers")
@@ -157,12 +165,15 @@ class Codec:
     def rank(self, request: Any, logits: npt.NDArray[np.float32], k: int) -> dict[str, Any]:
         """Return the k best of a request's candidates by the logits [rows] of all answers, ties in the request's order."""
         asked = list(dict.fromkeys(request["candidates"]))
-        places = list(map(self._place.get, asked))
-        rows = np.array([place for place in places if place is not None], np.int64)
-        order = np.argsort(-logits[rows], kind="stable")[:k]
-        answer = self._answer(request, rows[order], logits[rows[order]])
-        missing = [candidate for candidate, place in zip(asked, places, strict=True) if place is None]
-        return answer | {"unknown_candidates": missing}
+        places = np.fromiter(map(self._place.get, asked, itertools.repeat(0)), np.int64, len(asked))
+        rows = places[places > 0]
+        scores = logits[rows]
+        order = np.arange(len(rows))
+        if k < len(rows):  # all that may be among the first k, ties of the last one too
+            order = np.flatnonzero(scores >= np.partition(scores, len(rows) - k)[len(rows) - k])
+        order = order[np.argsort(-scores[order], kind="stable")][:k]
+        answer = self._answer(request, rows[order], scores[order])
+        return answer | {"unknown_candidates": [asked[i] for i in np.flatnonzero(places == 0).tolist()]}
 
     def _answer(self, request: Any, rows: npt.NDArray[np.int64], scores: npt.NDArray[np.float32]) -> dict[str, Any]:
         best = [
@@ -185,11 +196,38 @@ def tokens(ids: list[list[int]]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.
     return padded, mask.astype(np.int64)
 
 
+def _all_right(events: list[Any]) -> bool:
+    """Say whether all events of a history are right, all looked at together; where not, each by itself tells which."""
+    if not events:
+        return True
+    if set(map(type, events)) != {dict}:
+        return False
+    try:
+        products, days = [event["product"] for event in events], [event["days_ago"] for event in events]
+    except KeyError:
+        return False
+    kinds = [event["kind"] for event in events if "kind" in event]
+    try:
+        known = set(kinds) <= _KINDS
+    except TypeError:  # a kind that is a list or an object
+        return False
+    # as many keys as these three are, and so no other
+    return (
+        known
+        and sum(map(len, events)) == 2 * len(events) + len(kinds)
+        and set(map(type, products)) <= _IDS
+        and set(map(type, days)) <= _NUMBERS
+        and min(days) >= 0
+        and max(days) <= MOST_DAYS
+        and not any(map(math.isnan, days))
+    )
+
+
 def _check_candidates(candidates: Any, where: str) -> int:
     """Refuse what is not a list of ids; return how many they are."""
     if not isinstance(candidates, list) or not 1 <= len(candidates) <= MOST_CANDIDATES:
         raise BadRequest(f"{where}: candidates: wrong", allowed=f"a list of 1 to {MOST_CANDIDATES} ids")
-    if not set(map(type, candidates)) <= {int, str}:  # a thousand are looked at at once
+    if not set(map(type, candidates)) <= _IDS:  # a thousand are looked at at once
         i = next(i for i, candidate in enumerate(candidates) if type(candidate) not in (int, str))
         raise BadRequest(
             f"{where}: candidates[{i}]: wrong", value=repr(candidates[i])[:80], allowed="a whole number or a text"

@@ -20,18 +20,19 @@ from shipyard.delivery import command as delivery
 from shipyard.delivery.grammar import VERBS as DELIVERY
 from shipyard.grammar import REVIEW, parser
 from shipyard.keys import open_key
+from shipyard.line import Line
 from shipyard.look import look, open_release, print_found, replaced, report, write_page
 from shipyard.papers.files import verify_papers
 from shipyard.papers.origin import BUILDER, find_origin
 from shipyard.publish import publish
-from shipyard.release import Line, release
+from shipyard.release import release
 from shipyard.stage import Record, Stage
 from shipyard.synth import synth
 from shipyard.upload import open_store, upload_release
 from shipyard.weekly import WeeklyLine
 
 APART = {
-    "bench": "shipyard.bench",
+    "bench": "shipyard.bench.command",
     "collect": "shipyard.collect",
     "down": "shipyard.fleet",
     "drift": "shipyard.drift",

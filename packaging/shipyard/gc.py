@@ -12,12 +12,13 @@ from pathlib import Path
 from models.config import Fleet
 from models.release import Release, read_release
 from serve.errors import ShipyardError
+from serve.greengrass.words import delta_key
 from serve.trust import load_keys
 from shipyard.console import Reporter
 from shipyard.upload import Store, Stored, open_store
 
-PREFIX = "artifacts/"
-"""Nothing outside of it is ever touched."""
+PREFIXES = ("artifacts/", "deltas/")
+"""Nothing outside of them is ever touched."""
 
 
 def referring(fleet: Fleet, folders: Sequence[Path]) -> list[Release]:
@@ -41,12 +42,15 @@ def referring(fleet: Fleet, folders: Sequence[Path]) -> list[Release]:
 
 
 def unused(store: Store, releases: Iterable[Release], days: float) -> list[Stored]:
-    """Return what no release refers to and was written more than `days` ago."""
+    """Return what no release refers to and was written more than `days` ago; a delta, where either end of it is none's."""
+    artifacts = [artifact for release in releases for artifact in release.artifacts]
     # by whole names: what lies among an artifact's files and is none of them goes too
-    keys = {
-        artifact.key + file.path for release in releases for artifact in release.artifacts for file in artifact.files
-    }
-    return [found for found in store.objects(PREFIX) if found.key not in keys and found.days > days]
+    keys = {artifact.key + file.path for artifact in artifacts for file in artifact.files}
+    bundles = {(artifact.name, artifact.manifest) for artifact in artifacts}
+    keys |= {delta_key(name, base, to) for name, base in bundles for other, to in bundles if other == name}
+    return [
+        found for prefix in PREFIXES for found in store.objects(prefix) if found.key not in keys and found.days > days
+    ]
 
 
 def run(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, reporter: Reporter) -> int:

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shipyard.delivery.grammar import VERBS as DELIVERY
+from shipyard.line import VERBS
 from shipyard.papers.origin import BUILDER
-from shipyard.release import VERBS
 from shipyard.weekly import OFTEN, STEPS
 
 ABOUT = """\

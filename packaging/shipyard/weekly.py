@@ -12,7 +12,7 @@ from typing import Any
 
 from serve.errors import ShipyardError
 from serve.files import read_json, sha256_file
-from shipyard.release import Line
+from shipyard.line import Line
 from shipyard.stage import RECORD, Record
 
 STEPS = 40
@@ -58,7 +58,7 @@ class WeeklyLine(Line):
                 steps=self.steps, often=self.often,
             )  # fmt: skip
 
-        return self._run("warm", "joint", (data, before, tuned), config, work, *self._models)
+        return self._run("warm", "joint", (data, before, tuned), config, work, *self.model_modules)
 
     def until(self, verb: str) -> dict[str, Record]:
         """Run the stages up to `verb`; hold the deltas once there are bundles."""

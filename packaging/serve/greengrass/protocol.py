@@ -8,7 +8,6 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from serve.errors import ShipyardError
 from serve.greengrass.words import Told, dump, read_told
@@ -33,7 +32,6 @@ class State:
     current: Mapping[str, str] = field(default_factory=dict)
     previous: Mapping[str, str] = field(default_factory=dict)
     deployed: Mapping[str, str] = field(default_factory=dict)
-    parameters: Mapping[str, Any] = field(default_factory=dict)
     target: Told | None = None
     ready: bool = False
     tries: int = 0
@@ -140,7 +138,7 @@ def step(state: State, event: Event) -> tuple[State, Action | None]:
             previous = {name: old for name, old in state.current.items() if current.get(name) != old}
             after = dataclasses.replace(
                 state, applied=generation, current=current, previous={**state.previous, **previous},
-                parameters=target.parameters, target=None, ready=False, tries=0, fault="",
+                target=None, ready=False, tries=0, fault="",
             )  # fmt: skip
             return after, Serve(current)
         case Failed(generation, why) if state.target is not None and state.target.generation == generation:

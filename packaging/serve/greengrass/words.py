@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from serve.errors import ShipyardError
@@ -51,14 +51,10 @@ class Pointer:
 
 @dataclass(frozen=True)
 class Told:
-    """What the center wants: all models of a generation change together. A later generation counts, whatever it holds.
-
-    `parameters` are small settings by model: calibration and fusion weights.
-    """
+    """What the center wants: all models of a generation change together. A later generation counts, whatever it holds."""
 
     generation: int
     models: Mapping[str, Pointer]
-    parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
 def archive_key(name: str, sha256: str) -> str:
@@ -82,7 +78,7 @@ def write_told(told: Told) -> str:
     if len(text.encode()) > LARGEST_TOLD:
         raise ShipyardError(
             "edge: too much for a shadow", value=len(text.encode()), allowed=f"{LARGEST_TOLD} bytes",
-            mend="fewer models a device, or smaller parameters",
+            mend="fewer models a device",
         )  # fmt: skip
     return text
 
@@ -98,8 +94,8 @@ def read_told(text: str) -> Told:
     try:
         document = json.loads(text)
         models = {name: _pointer(pointer) for name, pointer in document["models"].items()}
-        told = Told(document["generation"], models, document["parameters"])
-        right = document.keys() == {"generation", "models", "parameters"} and isinstance(told.parameters, dict)
+        told = Told(document["generation"], models)
+        right = document.keys() == {"generation", "models"}
         right &= type(told.generation) is int and told.generation > 0 and bool(models)
         right &= all(_NAME.fullmatch(name) for name in models)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as fault:

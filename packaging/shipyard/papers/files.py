@@ -17,7 +17,7 @@ from serve.trust import Keys
 from shipyard.stage import write
 
 if TYPE_CHECKING:
-    from shipyard.release import Line
+    from shipyard.line import Line
 
 FIGURES, CARD, BOM, PROVENANCE = "figures.json", "model-card.md", "bom.cdx.json", "provenance.intoto.jsonl"
 

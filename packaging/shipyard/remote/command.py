@@ -16,7 +16,7 @@ from botocore.exceptions import BotoCoreError
 
 from models.config import Fleet
 from serve.errors import ShipyardError
-from shipyard.release import Line
+from shipyard.line import Line
 from shipyard.remote.follow import Follower
 from shipyard.remote.launch import Report, send, show, start
 from shipyard.remote.output import bring

@@ -15,7 +15,7 @@ from models.config import Fleet
 from serve.errors import ShipyardError
 from serve.files import read_json, sha256_file
 from shipyard.archive import write_tar_gz
-from shipyard.release import Line
+from shipyard.line import Line
 from shipyard.stage import RECORD, Stage, closure, digest
 
 ROOT = "training/"

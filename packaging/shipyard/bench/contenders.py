@@ -24,7 +24,7 @@ from models.release import attest
 from serve.errors import ShipyardError
 from serve.files import read_json, sha256_file
 from serve.trust import MANIFEST
-from shipyard import load
+from shipyard.bench import load
 
 OURS = "shipyard"
 PEERS = Path(__file__).with_name("peers")

@@ -24,11 +24,11 @@ from serve.codec import Codec
 from serve.errors import ShipyardError
 from serve.files import read_json, sha256_file
 from serve.trust import MANIFEST
-from shipyard import load
+from shipyard.bench import load
+from shipyard.bench.contenders import CODE, OURS, PACKAGES, PEERS, Contender, contenders, cores, memory, running
 from shipyard.console import Reporter
-from shipyard.contenders import CODE, OURS, PACKAGES, PEERS, Contender, contenders, cores, memory, running
 from shipyard.pages.live import titles
-from shipyard.release import base_folder
+from shipyard.pretrained import base_folder
 
 CONNECTIONS = 32
 CANDIDATES = 1_000

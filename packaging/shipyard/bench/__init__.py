@@ -1,0 +1,1 @@
+"""Bench: our CPU server beside others, each in an environment of its own."""
