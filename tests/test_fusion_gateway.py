@@ -37,8 +37,8 @@ from serve.feedback import Journal, Unwritten, files, firehose
 from serve.files import sha256_file
 from serve.fused import open_gateway
 from serve.fusion import best, fuse, gather
-from serve.gateway import sends
-from serve.resilience import Breaker, Target
+from serve.gateway import sends, shard
+from serve.resilience import Breaker, Hedge, Target
 from serve.runtime import Model
 from serve.targets import Call, Gone, http_send, sagemaker_send
 from serve.trace import begin
@@ -775,6 +775,14 @@ def test_targets_of_the_cloud_are_found_by_two_addresses(fleet, monkeypatch):
     assert set(sends(pinned, "sagemaker:shipyard-search", "http://internal", {})) == {"search", "recommend"}
     with pytest.raises(ShipyardError, match="--search: wrong"):
         sends(pinned, "shipyard-search", "http://internal", {})
+
+
+def test_a_shard_goes_with_the_raw_scores_of_search_alone(fleet):
+    member = fleet.members[0]
+    pinned = open_gateway(member.bundle, member.name, member.attestation, trusted(fleet.key))
+    assert pinned.targets["search"]["manifest"] == sha256_file(fleet.folders["search"] / "bundle.json")
+    with pytest.raises(ShipyardError, match="--items: search is asked by --target"):
+        shard(pinned, "http://127.0.0.1:9", {"search": "http://127.0.0.1:9"}, 1.0, Hedge())
 
 
 @pytest.mark.parametrize("option", ["--policy=search=always", "--target=intent=http://x"])

@@ -172,7 +172,7 @@ def test_rows_of_a_shard_have_the_scores_that_they_have_in_the_catalogue(catalog
 def test_a_build_folder_of_which_a_part_is_another_release_makes_no_shard(catalogue):
     catalogue.check()
     other = copy.copy(catalogue)
-    other._project = catalogue._project * np.float32(1.05)
+    other._project = np.roll(catalogue._project, 1, axis=0)
     with pytest.raises(ShipyardError, match="made anew, get other scores than the release gives them"):
         other.check()
 
