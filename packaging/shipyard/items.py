@@ -23,7 +23,7 @@ from models.config import Data, Fleet
 from models.release import Artifact, Release, Signer, attest
 from serve.codec import Codec, Id
 from serve.errors import ShipyardError
-from serve.files import read_json, sha256_file
+from serve.files import read_json
 from serve.runtime import Model
 from serve.shard import shard_name
 from serve.trust import MANIFEST, key_id, load_keys
@@ -202,9 +202,13 @@ def run(chosen: argparse.Namespace, fleet: Fleet, build: Path, key: Signer, repo
     path = chosen.release or newest(build)
     release = open_release(path)
     shard = make_shard(release, chosen.items, fleet.data, key, build)
+    served = bring(release, load_keys(path.parent / "keys"), build, shard.bundle, shard.attestation)
     told = {"name": shard.name, "bundle": str(shard.bundle), "attestation": shard.attestation}
+    # only now: the next `up` is to start what is known to serve
     write(shard.bundle.parent / CURRENT, json.dumps(told))
-    served = bring(release, load_keys(path.parent / "keys"), build, sha256_file(shard.bundle / MANIFEST)[:16])
+    for other in shard.bundle.parent.iterdir():
+        if other.is_dir() and other != shard.bundle:
+            shutil.rmtree(other)
     seconds = time.monotonic() - start
     where = f"served at {served}" if served else "to be served by the next shipyard up"
     reporter.line(f"items    {shard.new} new, {shard.changed} changed; {where}; {seconds:.1f} s")

@@ -1,5 +1,6 @@
 """Swap: let the fleet that is up on this machine serve another shard of fresh items, without an interruption."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -9,15 +10,15 @@ from pathlib import Path
 
 from models.release import Release, trusted_key
 from serve.errors import ShipyardError
-from serve.files import read_json
-from serve.trust import Keys
+from serve.files import read_json, sha256_file
+from serve.trust import MANIFEST, Keys
 from shipyard.fleet import CURRENT, SECONDS, STATE, is_running, last_line, members, note, spawn, wait
 
 
-def bring(release: Release, keys: Keys, build: Path, manifest: str) -> str | None:
-    """Let the fleet that is up serve the shard of items that lies there now; return where, None where it is not up.
+def bring(release: Release, keys: Keys, build: Path, bundle: Path, attestation: str) -> str | None:
+    """Let the fleet that is up serve another shard of items; return where, None where it is not up.
 
-    `manifest` is the first 16 digits of its bundle.json's digest. A server that runs swaps it in; the first one is started.
+    A server that runs swaps it in; the first one is started.
 
     Raises:
         ShipyardError: the server refuses the shard and goes on with the one before, or does not get ready.
@@ -29,19 +30,20 @@ def bring(release: Release, keys: Keys, build: Path, manifest: str) -> str | Non
         return None
     port = int(str(state["members"][0]["url"]).rpartition(":")[2])
     fleet = members(release, build, port)
-    member, end = fleet[-1], time.monotonic() + SECONDS
+    member = dataclasses.replace(fleet[-1], bundle=bundle, attestation=attestation)
+    end = time.monotonic() + SECONDS
     if member.name not in running:
         process = spawn(member, fleet, trusted_key(release, keys), folder)
         note(state, member, process, folder)
         wait(member, process, folder, end)
         return member.url
-    (folder / CURRENT).write_text(json.dumps({"bundle": str(member.bundle), "attestation": member.attestation}))
+    (folder / CURRENT).write_text(json.dumps({"bundle": str(bundle), "attestation": attestation}))
     log = folder / f"{member.name}.log"
     before = log.read_text().count("swapped")
     os.kill(running[member.name]["pid"], signal.SIGHUP)
     while log.read_text().count("swapped") == before and time.monotonic() < end:
         time.sleep(0.05)
     with urllib.request.urlopen(f"{member.url}/metrics", timeout=10) as told:  # noqa: S310 - an address of our own
-        if f'manifest="{manifest}"' not in told.read().decode():
+        if f'manifest="{sha256_file(bundle / MANIFEST)[:16]}"' not in told.read().decode():
             raise ShipyardError(f"{member.name}: {last_line(member, folder)}")
     return member.url
