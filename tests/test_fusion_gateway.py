@@ -40,6 +40,7 @@ from serve.fusion import best, fuse, gather
 from serve.gateway import sends, shard
 from serve.resilience import Breaker, Hedge, Target
 from serve.runtime import Model
+from serve.shard import SHARD
 from serve.targets import Call, Gone, http_send, sagemaker_send
 from serve.trace import begin
 from serve.trust import trusted
@@ -783,6 +784,19 @@ def test_a_shard_goes_with_the_raw_scores_of_search_alone(fleet):
     assert pinned.targets["search"]["manifest"] == sha256_file(fleet.folders["search"] / "bundle.json")
     with pytest.raises(ShipyardError, match="--items: search is asked by --target"):
         shard(pinned, "http://127.0.0.1:9", {"search": "http://127.0.0.1:9"}, 1.0, Hedge())
+
+
+def test_a_gateway_that_was_made_before_there_were_shards_is_told_of_none(fleet, tmp_path):
+    gateway, *rest = fleet.members
+    beside = Member("search-items-0", SHARD, tmp_path / "none", "", ROOT / "packaging", 9)
+    new = command(gateway, (*fleet.members, beside), tmp_path)
+    assert new[new.index("--items") + 1] == "http://127.0.0.1:9"
+    pinned = json.loads((gateway.bundle / "fusion.json").read_text())
+    for target in pinned["targets"].values():
+        del target["manifest"]
+    (tmp_path / "fusion.json").write_text(json.dumps(pinned))
+    old = dataclasses.replace(gateway, bundle=tmp_path)
+    assert "--items" not in command(old, (old, *rest, beside), tmp_path)
 
 
 @pytest.mark.parametrize("option", ["--policy=search=always", "--target=intent=http://x"])
