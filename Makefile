@@ -60,9 +60,9 @@ bench-artifacts: setup ## time and memory of each stage, archives and uploads, o
 deploy-local: setup ## make a release, then deploy, update, roll back and destroy dev on this machine (PROFILE=quick)
 	$(SHIPYARD) deploy-local --profile $(PROFILE)
 
-docs: setup ## write docs/release.schema.json and the tables of docs/stacks.md and docs/security.md from code and templates
+docs: setup ## write docs/release.schema.json and the tables of docs/ that are made of code, templates and the release
 	$(BIN)/python -c 'from models.release import json_schema; print(json_schema(), end="")' > docs/release.schema.json
-	SHIPYARD_UPDATE_DOCS=1 $(BIN)/python -m pytest --quiet tests/test_stacks.py tests/test_security.py
+	SHIPYARD_UPDATE_DOCS=1 $(BIN)/python -m pytest --quiet tests/test_stacks.py tests/test_security.py tests/test_evaluation_page.py
 
 test: setup lint ## all tests, on a small profile of the real data
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder

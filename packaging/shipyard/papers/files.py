@@ -39,7 +39,7 @@ def make_papers(
     shipped = {name: path.read_text(encoding="utf-8") for name, path in _requirements(body, folders).items()}
     packages = ingredients.locked(line.origin.lock)
     papers = {
-        FIGURES: (json.dumps(figures, sort_keys=True, separators=(",", ":"), ensure_ascii=False) + "\n").encode(),
+        FIGURES: (json.dumps(figures, separators=(",", ":"), ensure_ascii=False) + "\n").encode(),
         CARD: card.card(project, version, body, figures, found, limits).encode(),
         BOM: bom.bill(project, version, body, found, packages, shipped, limits),
     }
