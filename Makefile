@@ -13,7 +13,7 @@ export JSII_SILENCE_WARNING_END_OF_LIFE_NODE_VERSION ?= 20
 
 .DEFAULT_GOAL := help
 .PHONY: help setup release report compare up down bench synth bench-synth bench-artifacts test lint broker simulate edge-lock
-.PHONY: bench-edge clean deploy-local docs browser soak
+.PHONY: bench-edge clean deploy-local rehearse docs browser soak
 
 help: ## list the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,10 @@ bench-artifacts: setup ## time and memory of each stage, archives and uploads, o
 
 deploy-local: setup ## make a release, then deploy, update, roll back and destroy dev on this machine (PROFILE=quick)
 	$(SHIPYARD) deploy-local --profile $(PROFILE)
+
+rehearse: setup ## make a release, then walk it and the next one through all environments and back, with a fault in each step
+	$(SHIPYARD) release --profile $(PROFILE) --no-synth
+	$(SHIPYARD) rehearse $(if $(FAULTS),--faults $(FAULTS))
 
 docs: setup ## write docs/release.schema.json and the tables of docs/ that are made of code, templates and the release
 	$(BIN)/python -c 'from models.release import json_schema; print(json_schema(), end="")' > docs/release.schema.json

@@ -21,6 +21,7 @@ from infra.gpu import GpuStack
 from infra.link import LinkStack
 from infra.network import NetworkStack
 from infra.observe import ObserveStack, Watched
+from infra.pipeline import PipelineStack
 from infra.replica import Replica, ReplicaStack
 from infra.rules import check_templates
 from infra.storage import StorageStack
@@ -77,6 +78,8 @@ class FleetStage(cdk.Stage):
             ObserveStack(self, "observe", settings=env.observe, env=env, release=release, watched=watched)
         if env.delivery is not None:
             DeliveryStack(self, "delivery", settings=env.delivery, fleet=fleet, name=name, storage=storage)
+            if env.delivery.pipeline is not None:
+                PipelineStack(self, "pipeline", settings=env.delivery, fleet=fleet, name=name, storage=storage)
         if env.training is not None:
             TrainingStack(
                 self,

@@ -51,6 +51,7 @@ def check(name: str, fleet: Fleet) -> None:
     if env.production:
         _check_production(where, env)
     _check_training(where, env)
+    _check_pipeline(name, fleet)
     source = env.delivery.promote_from if env.delivery else None
     if source is not None and (source == name or source not in fleet.env):
         raise ShipyardError(
@@ -205,6 +206,31 @@ def _check_training(where: str, env: Environment) -> None:
                 allowed=f"account {env.account}, region {env.region}",
                 mend="correct it",
             )
+
+
+def _check_pipeline(name: str, fleet: Fleet) -> None:
+    """Check that a pipeline begins where releases are made, leads somewhere, and has a connection of its own place."""
+    env = fleet.env[name]
+    if env.delivery is None or env.delivery.pipeline is None:
+        return
+    where = f"env.{name}.delivery.pipeline"
+    if env.delivery.promote_from is not None or len(fleet.way(name)) < 2:
+        raise ShipyardError(
+            f"{where}: no release begins its way here", value=", ".join(fleet.way(name)),
+            allowed="an environment without promote_from, from which one other takes releases",
+            mend="move the table to the first environment",
+        )  # fmt: skip
+    parts = env.delivery.pipeline.connection.split(":")
+    if parts[3:5] != [env.region, env.account]:
+        raise ShipyardError(
+            f"{where}.connection: of another account or region", value=env.delivery.pipeline.connection,
+            allowed=f"account {env.account}, region {env.region}", mend="make one there",
+        )  # fmt: skip
+    if env.delivery.pipeline.profile not in fleet.profile:
+        raise ShipyardError(
+            f"{where}.profile: no such profile", value=env.delivery.pipeline.profile, allowed=", ".join(fleet.profile),
+            mend="name one of them",
+        )  # fmt: skip
 
 
 def _check_production(where: str, env: Environment) -> None:

@@ -1,4 +1,4 @@
-"""Who may change an environment from outside: GitHub workflows by OIDC, each with a role for what it does."""
+"""Who may change an environment from outside: GitHub workflows by OIDC, or a pipeline, each by a role for what it does."""
 
 import aws_cdk as cdk
 from aws_cdk import aws_iam as iam
@@ -31,6 +31,25 @@ def promoters(fleet: Fleet, name: str) -> list[str]:
     ]
 
 
+def deploy_role(fleet: Fleet, name: str) -> str:
+    """Return the ARN of an environment's deploy role."""
+    return f"arn:aws:iam::{fleet.env[name].account}:role/{_prefix(fleet, name)}-deploy"
+
+
+def build_role(fleet: Fleet, first: str, name: str) -> str:
+    """Return the ARN of the role with which the pipeline of the environment `first` works on the environment `name`."""
+    return f"arn:aws:iam::{fleet.env[first].account}:role/{_prefix(fleet, first)}-pipeline-{name.replace('_', '-')}"
+
+
+def builders(fleet: Fleet, name: str) -> list[str]:
+    """Return the roles of pipelines that release into an environment."""
+    return [
+        build_role(fleet, first, name)
+        for first, env in fleet.env.items()
+        if env.delivery is not None and env.delivery.pipeline is not None and name in fleet.way(first)
+    ]
+
+
 class DeliveryStack(cdk.Stack):
     """Wire GitHub's identity provider and three roles: release uploads, plan reads, deploy acts through the CDK's roles."""
 
@@ -50,17 +69,26 @@ class DeliveryStack(cdk.Stack):
         here = f"repo:{settings.repository}:environment:{name}"
         prefix = _prefix(fleet, name)
 
-        def role(construct_id: str, subject: str, statements: list[iam.PolicyStatement], what: str) -> None:
+        # named by a condition: a role that is not there yet cannot be a principal
+        built = [
+            iam.AccountPrincipal(arn.split(":")[4]).with_conditions({"ArnEquals": {"aws:PrincipalArn": arn}})
+            for arn in builders(fleet, name)
+        ]
+
+        def role(
+            construct_id: str, subject: str, statements: list[iam.PolicyStatement], what: str, *more: iam.IPrincipal
+        ) -> None:
+            github = iam.WebIdentityPrincipal(
+                provider.oidc_provider_arn,
+                {"StringEquals": {f"{ISSUER}:aud": "sts.amazonaws.com", f"{ISSUER}:sub": subject}},
+            )
             made = iam.Role(
                 self,
                 construct_id,
                 role_name=f"{prefix}-{construct_id.lower()}",
                 description=what,
                 max_session_duration=cdk.Duration.hours(1),
-                assumed_by=iam.WebIdentityPrincipal(
-                    provider.oidc_provider_arn,
-                    {"StringEquals": {f"{ISSUER}:aud": "sts.amazonaws.com", f"{ISSUER}:sub": subject}},
-                ),
+                assumed_by=iam.CompositePrincipal(github, *more) if more else github,
                 inline_policies={construct_id.lower(): iam.PolicyDocument(statements=statements)},
             )
             acknowledge(
@@ -70,7 +98,8 @@ class DeliveryStack(cdk.Stack):
             )
             cdk.CfnOutput(self, f"{construct_id}RoleArn", value=made.role_arn)
 
-        role("Release", here, self._upload(settings, fleet, storage), "Uploads artifacts, or copies those of before")
+        uploads = self._upload(settings, fleet, storage)
+        role("Release", here, uploads, "Uploads artifacts, or copies those of before", *built)
         role(
             "Plan",
             f"repo:{settings.repository}:pull_request",
@@ -87,6 +116,7 @@ class DeliveryStack(cdk.Stack):
                 *self._roll_out(fleet.env[name].edge, storage),
             ],
             "Deploys stacks by the roles of cdk bootstrap, rolls out to devices, and sees what is live",
+            *built,
         )
 
     def _upload(self, settings: DeliverySettings, fleet: Fleet, storage: StorageStack) -> list[iam.PolicyStatement]:

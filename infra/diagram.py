@@ -11,6 +11,8 @@ SHOWN = {
     "AWS::ApiGatewayV2::VpcLink": "VPC link",
     "AWS::Budgets::Budget": "budget",
     "AWS::CloudWatch::Dashboard": "dashboard",
+    "AWS::CodeBuild::Project": "build",
+    "AWS::CodePipeline::Pipeline": "pipeline",
     "AWS::DirectConnect::DirectConnectGateway": "Direct Connect",
     "AWS::EC2::VPC": "VPC",
     "AWS::EC2::VPCEndpoint": "VPC endpoint",

@@ -5,6 +5,7 @@ The tables of docs/security.md are made here. A connection counts where both gro
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from infra.diagram import Template, path, uses
 from infra.tables import listed, plain, statements
@@ -59,8 +60,14 @@ def roles(templates: Mapping[str, Template]) -> Iterator[Role]:
                 for action in listed(statement["Action"])
                 for one in listed(statement["Resource"])
             )
-            by = ", ".join(plain(list(statement["Principal"].values())) for statement in trust)
+            by = ", ".join(map(_taker, trust))
             yield Role(stack, path(name, resource), by, allowed, granted, trust)
+
+
+def _taker(statement: Mapping[str, Any]) -> str:
+    """Return who a statement of trust lets in: of an account, the role that its condition names."""
+    named = statement.get("Condition", {}).get("ArnEquals", {}).get("aws:PrincipalArn")
+    return plain(named or list(statement["Principal"].values()))
 
 
 def ways(templates: Mapping[str, Template]) -> dict[tuple[str, str], set[str]]:

@@ -246,6 +246,17 @@ class Fleet(Settings):
         env = self.env[name]
         return f"{self.project.name}-{name.replace('_', '-')}-artifacts-{env.account}-{env.region}"
 
+    def way(self, first: str) -> list[str]:
+        """Return the environments that a release passes, by where each takes releases from; it ends where two follow one."""
+        found = [first]
+        while True:
+            following = [
+                name for name, env in self.env.items() if env.delivery and env.delivery.promote_from == found[-1]
+            ]
+            if len(following) != 1 or following[0] in found:
+                return found
+            found += following
+
     def replica_bucket(self, name: str) -> str:
         """Return the name of the copy of an environment's artifact bucket in its second region."""
         env = self.env[name]

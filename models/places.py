@@ -39,6 +39,9 @@ TrainingType = Annotated[
         description="a type without GPU of ml.c5, c6i, c7i, m5, m6i, m7i, r5 or r7i, as ml.c7i.4xlarge",
     ),
 ]
+KeyArn = Annotated[
+    str, Field(pattern=r"^arn:aws:kms:[a-z0-9-]+:\d{12}:key/[0-9a-f-]{36}$", description="the ARN of a KMS key")
+]
 Network = Annotated[str, Field(pattern=r"^\d{1,3}(\.\d{1,3}){3}/\d{1,2}$", description="a network, as 192.168.0.0/16")]
 Region = Annotated[str, Field(pattern=r"^[a-z]{2}(-[a-z]+)+-\d$", description="a region, as us-east-1")]
 CpuUnits = Literal[256, 512, 1024, 2048, 4096, 8192, 16384]
@@ -183,17 +186,38 @@ class ObserveSettings(Settings):
     p99_ms: Annotated[int, Field(ge=1)] = 500
 
 
+class PipelineSettings(Settings):
+    """Let AWS CodePipeline walk a release from this environment through all that take releases from it.
+
+    `connection` leads to the repository of `delivery`, whose `branch` is released with the `profile`. `signing_key` signs
+    releases and promotions, `approving_key` approvals: keys of AWS KMS, whose policies name the roles that may sign.
+    """
+
+    connection: Annotated[
+        str,
+        Field(
+            pattern=r"^arn:aws:codeconnections:[a-z0-9-]+:\d{12}:connection/[0-9a-f-]{36}$",
+            description="the ARN of a connection of AWS CodeConnections",
+        ),
+    ]
+    signing_key: KeyArn
+    approving_key: KeyArn
+    branch: Annotated[str, Field(pattern=r"^[A-Za-z0-9_./-]{1,100}$", description="a branch")] = "main"
+    profile: Name = "full"
+
+
 class DeliverySettings(Settings):
     """Name the GitHub repository whose workflows release, plan and deploy, and where releases are promoted from.
 
     A workflow deploys from the GitHub environment that has the name of the environment here; `promote_from` is an
-    environment whose bucket this one's release role may read.
+    environment whose bucket this one's release role may read. With `pipeline`, CodePipeline does it here.
     """
 
     repository: Annotated[
         str, Field(pattern=r"^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$", description="owner/name of a GitHub repository")
     ]
     promote_from: Name | None = None
+    pipeline: PipelineSettings | None = None
 
 
 class TrainingPlace(Settings):
@@ -208,9 +232,7 @@ class TrainingPlace(Settings):
     security_groups: Annotated[
         tuple[Annotated[str, Field(pattern=r"^sg-[0-9a-f]{8,17}$")], ...], Field(min_length=1, max_length=5)
     ]
-    key: Annotated[
-        str, Field(pattern=r"^arn:aws:kms:[a-z0-9-]+:\d{12}:key/[0-9a-f-]{36}$", description="the ARN of a KMS key")
-    ]
+    key: KeyArn
 
 
 class TrainingSettings(Settings):

@@ -21,7 +21,8 @@ from pathlib import Path
 import botocore.session
 import psutil
 from botocore.validate import ParamValidator
-from greengrass_endpoint import Refused, check
+
+from shipyard.local.greengrass import Refused, check
 
 SESSION = botocore.session.get_session()
 MODELS = {

@@ -12,7 +12,6 @@ import pytest
 from botocore.config import Config
 from conftest import ROOT
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from greengrass_endpoint import Endpoint, Refused
 
 from models.config import load_fleet
 from models.release import File, artifact_key, attest, files_digest, read_release
@@ -22,13 +21,14 @@ from serve.greengrass import recipe
 from serve.greengrass.telemetry import Telemetry
 from serve.greengrass.words import SHADOW, delta_key, read_told
 from serve.trust import MANIFEST, load_keys
-from shipyard.bundle import _version, write_zip
+from shipyard.bundle import component_version, write_zip
 from shipyard.console import Reporter
 from shipyard.edge import command as edge
 from shipyard.edge import components, devices, rollout
 from shipyard.edge.devices import Clients
 from shipyard.edge.lock import lock
 from shipyard.edge.merge import Terms
+from shipyard.local.greengrass import Endpoint, Refused
 from shipyard.s3 import S3Store
 
 ENV = load_fleet(ROOT / "fleet.toml").env["dev"]
@@ -81,7 +81,7 @@ class Made:
             (self.root / key / path.name).write_bytes(path.read_bytes())
         prefix = f"s3://@BUCKET@/{key}"
         if submodel:
-            version = _version(recipe.model_recipe(name, "VERSION", f"{prefix}{name}.zip"))
+            version = component_version(recipe.model_recipe(name, "VERSION", f"{prefix}{name}.zip"))
             words = f"{recipe.model_component(name)}/{version}/{name}/@ATTESTATION@"
             template = {"recipe": recipe.model_recipe(name, version, f"{prefix}{name}.zip"), "model": words}
         else:

@@ -161,10 +161,10 @@ ENVIRONMENT = {
 }
 
 
-def fleet_of(**changes):
+def fleet_of(*, following=None, **changes):
     """The fleet of the repository, with one environment whose values do not change with those of fleet.toml.
 
-    A change that is a table is merged into that of the environment.
+    A change that is a table is merged into that of the environment; `following` are others beside it.
     """
     merged = {
         key: {**ENVIRONMENT.get(key, {}), **value} if isinstance(value, dict) else value
@@ -173,7 +173,8 @@ def fleet_of(**changes):
     fleet = load_fleet(ROOT / "fleet.toml")
     project = fleet.project.model_copy(update={"name": "shipyard"})
     env = Environment(**{**ENVIRONMENT, **merged})
-    return fleet.model_copy(update={"project": project, "env": {"dev": env}})
+    others = {name: Environment(**{**ENVIRONMENT, **more}) for name, more in (following or {}).items()}
+    return fleet.model_copy(update={"project": project, "env": {"dev": env, **others}})
 
 
 def make_stage(*artifacts, shadow=None, **changes):

@@ -4,7 +4,6 @@ import json
 
 import boto3
 import pytest
-from greengrass_endpoint import Endpoint
 
 from models.release import read_release
 from serve.errors import ShipyardError
@@ -13,6 +12,7 @@ from shipyard.delivery import command as delivery
 from shipyard.delivery import live, operate
 from shipyard.edge import rollout
 from shipyard.edge.lock import component, edge_artifacts
+from shipyard.local.greengrass import Endpoint
 from tests.test_delivery import ACCOUNT, aws, project  # noqa: F401 -- fixtures
 from tests.test_infra import edge, gateway, recommend, search
 
@@ -248,6 +248,7 @@ def rolling(place, monkeypatch):
 def test_a_rollout_goes_from_target_to_target_and_what_is_live_is_the_release(place, rolling, capsys):
     following, run, brought, _ = rolling
     assert run() == 0
+    assert 'could not return to those of before: set edge.components = "published"' in capsys.readouterr().err
     assert [pattern for pattern, _ in brought] == ["gpu", "edge", "*"]
     assert place.wrong(following) == {}
     assert place.project.run("status", ENV) == 0

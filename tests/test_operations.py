@@ -45,6 +45,16 @@ LINK = {
     "resolvers": ("192.168.0.53",),
 }
 DELIVERY = {"repository": "owner/shop"}
+PIPELINE = {
+    "connection": f"arn:aws:codeconnections:us-east-1:{ACCOUNT}:connection/00000000-0000-0000-0000-000000000001",
+    "signing_key": f"arn:aws:kms:us-east-1:{ACCOUNT}:key/00000000-0000-0000-0000-000000000002",
+    "approving_key": "arn:aws:kms:us-east-1:333333333333:key/00000000-0000-0000-0000-000000000003",
+}
+PIPED = DELIVERY | {"pipeline": PIPELINE}
+FOLLOWING = {
+    "staging": {"account": "222222222222", "delivery": DELIVERY | {"promote_from": "dev"}},
+    "prod": {"account": "333333333333", "delivery": DELIVERY | {"promote_from": "staging"}, "production": True},
+}
 TRAINING = {"image": f"shipyard/train@sha256:{'0' * 64}", "instance_type": "ml.c7i.4xlarge"}
 VPC = {
     "id": "vpc-0123456789abcdef0",

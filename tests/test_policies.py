@@ -15,7 +15,7 @@ import app
 from infra.rules import RULES, check_templates, violations
 from models.release import ShipyardError, sign
 from tests.test_infra import CONTEXT, IMAGE, fleet_of, sample
-from tests.test_operations import ALL, DELIVERY, LINK, OBSERVE, TRAINING
+from tests.test_operations import ALL, FOLLOWING, LINK, OBSERVE, PIPED, TRAINING
 
 ACKNOWLEDGED = cdk.Validations.ACKNOWLEDGED_RULES_METADATA_KEY
 JOB = {"at": "cron(0 2 ? * SUN *)", "image": IMAGE, "command": ("release",), "cpu": 4096, "memory_mib": 16384}
@@ -30,7 +30,8 @@ def synthesize(out, seed=None):
         production=True,
         observe=OBSERVE,
         link=LINK,
-        delivery=DELIVERY,
+        delivery=PIPED,
+        following=FOLLOWING,
         training=TRAINING,
         replica="us-west-2",
         cpu={"anywhere": True, "job": {"update": JOB | {"reads": ("feedback/",), "writes": ("updates/",)}}},
@@ -95,7 +96,7 @@ def test_pack_runs_with_the_builtin_validator_off(tmp_path):
 
 
 def test_templates_keep_our_rules(templates):
-    assert len(templates) == 11
+    assert len(templates) == 12
     assert {name: list(violations(template)) for name, template in templates.items()} == {
         name: [] for name in templates
     }

@@ -13,7 +13,6 @@ import boto3
 import pytest
 import torch
 from conftest import ROOT, shipyard
-from greengrass_endpoint import Refused
 from sagemaker_endpoint import Endpoint
 from test_log import fleet_of, write_shop
 from transformers import BertConfig, BertModel
@@ -22,6 +21,7 @@ from models.config import load_fleet
 from serve.errors import ShipyardError
 from serve.files import sha256_file
 from shipyard.line import Line
+from shipyard.local.greengrass import Refused
 from shipyard.pretrained import base_folder
 from shipyard.remote import entry
 from shipyard.remote.command import STAGE, train

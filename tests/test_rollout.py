@@ -8,7 +8,7 @@ import pytest
 from serve.errors import ShipyardError
 from shipyard.delivery import register as registers
 from shipyard.delivery.orchestrate import STATE, roll_out
-from shipyard.delivery.places import Place, deployer
+from shipyard.delivery.places import Place, cdk_fault, deployer
 from shipyard.delivery.register import LOCK, Entry, Lost, lock
 from shipyard.delivery.standing import Row
 from tests.test_delivery import aws, project  # noqa: F401 -- fixtures
@@ -292,3 +292,6 @@ def test_the_cli_is_told_which_stacks_and_says_why_it_fails(tmp_path):
     assert f"deploy dev/gpu --app {tmp_path / NEW} " in (tmp_path / "cdk.log").read_text()
     with pytest.raises(ShipyardError, match="cdk deploy dev/gpu: no such role"):
         deployer(cli, lambda version: tmp_path / version, "dev/gpu", {"FAIL": "1"})(NEW)
+    # what the CLI marks, and not the outputs of other stacks before and after it
+    told = "✅  dev/network\n\nOutputs:\n❌  dev/gpu failed: no such role\n"
+    assert cdk_fault(told + "more\n" * 99).startswith("❌  dev/gpu failed: no such role | more | more")

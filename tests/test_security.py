@@ -11,7 +11,7 @@ from conftest import ROOT
 from infra.reach import READS, WRITES, role_table, roles, way_table, ways
 from infra.tables import listed
 from tests.test_infra import ACCOUNT, edge, gateway, make_stage, plain, recommend, search
-from tests.test_operations import DELIVERY, LINK, OBSERVE, TRAINING
+from tests.test_operations import FOLLOWING, LINK, OBSERVE, PIPED, TRAINING
 from tests.test_policies import JOB
 from tests.test_stacks import ORDER
 
@@ -33,7 +33,8 @@ def templates():
         *(search(), scored, edge("runtime"), edge("model"), gateway()),
         observe=OBSERVE,
         link=LINK,
-        delivery=DELIVERY,
+        delivery=PIPED,
+        following=FOLLOWING,
         training=TRAINING,
         replica="us-west-2",
         production=True,
@@ -176,6 +177,8 @@ def test_release_alone_writes_artifacts(made):
         "storage: ArtifactsReplicationRole": [
             f"arn:aws:s3:::shipyard-dev-artifacts-{ACCOUNT}-us-west-2/artifacts/\\*",
         ],
+        # of the pipeline's own bucket: what its builds hand on
+        **{f"pipeline: {name}": ["Store/\\*"] for name in ("Role", "DevRole", "StagingRole", "ProdRole")},
         "gpu: searchRole": ["storage.Data/capture/search/\\*"],
         "cpu: recommendscoreRole": ["storage.Data/scoring/out/recommend/\\*"],
         "cpu: jobupdateRole": ["storage.Data/updates/\\*"],
@@ -247,6 +250,8 @@ def test_pipelines_alone_go_on_to_other_roles(made):
         "delivery: Plan": ["sts:AssumeRole"],
         "delivery: Deploy": ["sts:AssumeRole"],
         "observe: BudgetActor": ["iam:AttachRolePolicy", "iam:DetachRolePolicy"],
+        # those of one environment each: tests/test_codepipeline.py
+        **{f"pipeline: {name}": ["sts:AssumeRole"] for name in ("DevRole", "StagingRole", "ProdRole")},
     }
     # a schedule passes on the roles of its own task
     passed = [resource for role in made.values() for action, resource in role.allowed if action == "iam:PassRole"]
@@ -267,7 +272,10 @@ def test_roles_decrypt_by_way_of_s3_alone(made):
 
 def test_services_come_from_this_account_alone(made):
     for name, role in made.items():
-        [trust] = role.trust
+        trust, *more = role.trust
+        assert not more or name in ("delivery: Release", "delivery: Deploy")
+        # the build of a pipeline, by its name
+        assert all("aws:PrincipalArn" in str(plain(one["Condition"])) for one in more)
         if role.taken_by.endswith("amazonaws.com") and role.taken_by != "credentials.iot.amazonaws.com":
             assert trust["Condition"]["StringEquals"]["aws:SourceAccount"] == ACCOUNT, name
         elif role.stack == "delivery":

@@ -13,16 +13,36 @@ from infra.tables import page
 from models.config import load_fleet
 from models.release import ShipyardError
 from shipyard.local.recorded import RECORDED, check_types
-from tests.test_operations import ALL, DELIVERY, LINK, OBSERVE, TRAINING, make_stage
+from tests.test_operations import ALL, FOLLOWING, LINK, OBSERVE, PIPED, TRAINING, make_stage
 
 PAGE = ROOT / "docs" / "stacks.md"
-ORDER = ("storage", "replica", "network", "gpu", "cpu", "gateway", "edge", "link", "observe", "delivery", "training")
+ORDER = (
+    "storage",
+    "replica",
+    "network",
+    "gpu",
+    "cpu",
+    "gateway",
+    "edge",
+    "link",
+    "observe",
+    "delivery",
+    "pipeline",
+    "training",
+)
 
 
 @pytest.fixture(scope="module")
 def templates():
     """The templates of an environment with every option, by stack."""
-    options = {"observe": OBSERVE, "link": LINK, "delivery": DELIVERY, "training": TRAINING, "replica": "us-west-2"}
+    options = {
+        "observe": OBSERVE,
+        "link": LINK,
+        "delivery": PIPED,
+        "following": FOLLOWING,
+        "training": TRAINING,
+        "replica": "us-west-2",
+    }
     stage = make_stage(*ALL, production=True, **options)
     return {name: Template.from_stack(stage.node.find_child(name)).to_json() for name in ORDER}
 

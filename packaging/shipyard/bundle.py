@@ -262,7 +262,7 @@ def bundle_runtime(models: tuple[str, ...], wheels: Path, out: Path) -> dict[str
         "edge-runtime", None, "edge", "greengrass-runtime", manifest, out / "upload", MOST_RUNTIME_MB
     )  # fmt: skip
     prefix = f"s3://@BUCKET@/{artifact['key']}"
-    version = _version(recipe.runtime_recipe("VERSION", prefix, models))
+    version = component_version(recipe.runtime_recipe("VERSION", prefix, models))
     artifact["template"] = {"recipe": recipe.runtime_recipe(version, prefix, models)}
     return artifact
 
@@ -274,7 +274,7 @@ def _zipped(out: Path, kebab: str, name: str, manifest: str, target: Target) -> 
     write_zip(out / "bundle", archive)
     artifact = _artifact(kebab, name, "edge", "greengrass-model", manifest, archive.parent, target.max_size_mb)
     uri = f"s3://@BUCKET@/{artifact['key']}{archive.name}"
-    version = _version(recipe.model_recipe(kebab, "VERSION", uri))
+    version = component_version(recipe.model_recipe(kebab, "VERSION", uri))
     artifact["template"] = {
         "recipe": recipe.model_recipe(kebab, version, uri),
         "model": f"{recipe.model_component(kebab)}/{version}/{kebab}/@ATTESTATION@",
@@ -282,7 +282,7 @@ def _zipped(out: Path, kebab: str, name: str, manifest: str, target: Target) -> 
     return artifact
 
 
-def _version(document: dict[str, Any]) -> str:
+def component_version(document: dict[str, Any]) -> str:
     """Return the version of a recipe: a published one can never change, so all that it says, its archive's digest in the
     Uri included, is in it."""
     digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

@@ -59,6 +59,8 @@ def main(given: Sequence[str], around: Surroundings) -> int:
     chosen = parser().parse_args(given)
     if chosen.verb == "challenge":
         return challenge(chosen)
+    if chosen.verb == "rehearse":
+        return int(load("shipyard.local.rehearse", "dev").main(chosen, Reporter()))
     fleet = load_fleet(chosen.fleet)
     for name in (chosen.env, getattr(chosen, "source", chosen.env)):
         if name not in fleet.env:
@@ -160,12 +162,12 @@ def _desk(chosen: argparse.Namespace, fleet: Fleet, home: Path, reporter: Report
     return module, desk
 
 
-def load(name: str) -> ModuleType:
-    """Import a module that speaks to AWS, which the other verbs do without."""
+def load(name: str, extra: str = "aws") -> ModuleType:
+    """Import a module that speaks to AWS, or to an imitation of it, which the other verbs do without."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as fault:
-        raise ShipyardError(f"{fault.name} is not installed", mend="pip install 'shipyard[aws]'") from None
+        raise ShipyardError(f"{fault.name} is not installed", mend=f"pip install 'shipyard[{extra}]'") from None
 
 
 def open_store(fleet: Fleet, name: str) -> Any:

@@ -10,6 +10,7 @@ VERBS = {
     "rollout": "deploy an environment's release to all targets in turn, and return all where one fails",
     "status": "tell what is live in an environment against what its release says",
     "challenge": "compare a challenger with the champion on what shoppers did: promote, stop or go on",
+    "rehearse": "walk two releases through all environments and back on this machine, with a fault in each step",
 }
 
 MORE = {
@@ -26,6 +27,8 @@ MORE = {
     "challenge": "May be looked at as often as one likes: the interval holds at every look. An arm is hits/shown, as "
     "120/2400, or the folder of what its gateway has written, of which each shopper's first request counts. With "
     "--exit-code it ends with 0 to promote, 3 to stop, 4 to go on.",
+    "rehearse": "These verbs and the CDK CLI are the real ones, AWS is an imitation on loopback. After each step status "
+    "has to say that all targets are on one release. The second release is made of the first. Writes below build/rehearsal.",
 }
 
 EXIT = "exit codes: 0 done; 1 an error, told in one line; 2 wrong usage; 3 what is live is not the release (status)"
@@ -83,6 +86,12 @@ def parser() -> argparse.ArgumentParser:
     judging.add_argument("--kinds", default="click,cart,purchase", help="feedback that is a hit (default: all)")
     judging.add_argument("--settle", type=float, default=3600.0, help="seconds that feedback has time (default: 3600)")
     judging.add_argument("--exit-code", action="store_true", help="tell the decision by the exit code")
+    rehearsing = add("rehearse")
+    rehearsing.add_argument("release", type=Path, nargs="?", help="a release file whose artifacts lie in build/store "
+                            "(default: the newest of build/releases/)")  # fmt: skip
+    rehearsing.add_argument("--env", help="where faults are injected (default: the second environment of the way)")
+    rehearsing.add_argument("--faults", metavar="CASES", help="cases to inject, as gpu:fails,rest:falls; none for none "
+                            "(default: all)")  # fmt: skip
     looking = add("status")
     looking.add_argument("env", help="an environment of fleet.toml")
     return top

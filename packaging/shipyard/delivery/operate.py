@@ -101,6 +101,11 @@ class Targets:
                 targets.append(Place("edge", self.publish, self.look(*places), self.wait))
             else:
                 targets.append(stack("edge", "edge", *places))
+                # CloudFormation makes no component version that is there
+                self.reporter.line(
+                    "edge     its stack makes components and could not return to those of before: set edge.components = "
+                    '"published"'
+                )
         # alarms, replica, delivery: they know the release too
         targets.append(stack("rest", "*", "gpu", "cpu", "gateway", "edge canary", "edge fleet"))
         return targets

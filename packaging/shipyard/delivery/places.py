@@ -58,7 +58,13 @@ def deployer(
             command, env=dict(surroundings), capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
         )
         if done.returncode != 0:
-            lines = (done.stdout + done.stderr).strip().splitlines()[-LINES:]
-            raise ShipyardError(f"cdk deploy {pattern}: {' | '.join(line.strip() for line in lines)}"[:1500])
+            raise ShipyardError(f"cdk deploy {pattern}: {cdk_fault(done.stdout + done.stderr)}")
 
     return deploy
+
+
+def cdk_fault(told: str) -> str:
+    """Return in a line why the CDK CLI failed: what it marks as a failure, or the last that it printed."""
+    lines = [line.strip() for line in told.splitlines() if line.strip()]
+    marked = next((i for i, line in enumerate(lines) if line.startswith(("❌", "error:"))), max(0, len(lines) - LINES))
+    return " | ".join(lines[marked : marked + LINES])[:1500]

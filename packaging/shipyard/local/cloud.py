@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -15,9 +14,11 @@ import boto3
 
 from models.config import Environment
 from serve.errors import ShipyardError
+from shipyard.delivery.places import cdk_fault
 
 SECONDS = 600
-_FAULT = re.compile(r"^(?:error:|❌).*", re.MULTILINE | re.DOTALL)
+RUNNING = "MOTO_ECS_SERVICE_RUNNING"
+"""How many tasks moto has running; a deployment of no more than that is done."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,9 @@ class Cloud:
             service,
             region_name=self.region,
             endpoint_url=self.environment["AWS_ENDPOINT_URL"],
-            aws_access_key_id="local",
-            aws_secret_access_key="local",  # noqa: S106 -- the local cloud asks for one and takes any
+            aws_access_key_id=self.environment["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=self.environment["AWS_SECRET_ACCESS_KEY"],
+            aws_session_token=self.environment["AWS_SESSION_TOKEN"],
         )
 
     def cdk(self, *arguments: str) -> str:
@@ -53,8 +55,7 @@ class Cloud:
         )  # fmt: skip
         told = done.stdout + done.stderr
         if done.returncode != 0:
-            found = _FAULT.search(told)
-            raise ShipyardError(f"cdk {arguments[0]}: {(found[0] if found else told)[-1500:].strip()}")
+            raise ShipyardError(f"cdk {arguments[0]}: {cdk_fault(told)}")
         return told
 
     def bootstrap(self, assembly: Path) -> None:
@@ -92,50 +93,68 @@ class Cloud:
 
 
 @contextmanager
-def local_cloud(env: Environment, root: Path, log: Path) -> Iterator[Cloud]:
-    """Start a local cloud of an environment's account and region on a free port of loopback, and end it afterwards.
+def local_clouds(envs: Mapping[str, Environment], root: Path, log: Path) -> Iterator[dict[str, Cloud]]:
+    """Start a local cloud on a free port of loopback, with an account for each environment, and end it afterwards.
 
     `root` is the folder of the project, which has the CDK CLI; `log` takes what the cloud prints.
+
+    Returns:
+        The account and region of each environment, by its name.
 
     Raises:
         ShipyardError: the CLI or moto is not installed, or the cloud does not start.
     """
     cli = root / "node_modules" / ".bin" / "cdk"
     if not cli.exists():
-        raise ShipyardError("deploy-local: the CDK CLI is not installed", value=str(cli), mend="make setup")
+        raise ShipyardError("local cloud: the CDK CLI is not installed", value=str(cli), mend="make setup")
     # nothing of the caller's AWS may be reached, whatever goes wrong
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "CDK_"))}
     kept |= {"JSII_SILENCE_WARNING_END_OF_LIFE_NODE_VERSION": "20", "CDK_VALIDATION": "false"}
     kept["PYTHONPATH"] = os.pathsep.join([str(root / "packaging"), str(root), kept.get("PYTHONPATH", "")])
     log.parent.mkdir(parents=True, exist_ok=True)
+    edges = [word for env in envs.values() for word in ("--account", env.account, env.region)]
     with log.open("wb") as stream:
         server = subprocess.Popen(
-            [sys.executable, "-m", "shipyard.local.server"],
-            env=kept | {"MOTO_ACCOUNT_ID": env.account, "AWS_DEFAULT_REGION": env.region},
+            [sys.executable, "-m", "shipyard.local.server", *edges],
+            env=kept | {"AWS_DEFAULT_REGION": next(iter(envs.values())).region, RUNNING: "1000"},
             stdout=subprocess.PIPE, stderr=stream, stdin=subprocess.DEVNULL, text=True,
         )  # fmt: skip
     try:
         assert server.stdout is not None
         line = server.stdout.readline()
         if not line:
-            raise ShipyardError(
-                "deploy-local: the local cloud does not start", mend=f"read {log}; it needs shipyard[dev,export]"
-            )
+            raise ShipyardError("local cloud: it does not start", mend=f"read {log}; it needs shipyard[dev,export]")
         told = json.loads(line)
-        nowhere = str(root / "build" / "no-such-file")
-        surroundings = kept | {
-            "AWS_ENDPOINT_URL": told["url"],
-            "AWS_ACCESS_KEY_ID": "local",
-            "AWS_SECRET_ACCESS_KEY": "local",
-            "AWS_REGION": env.region,
-            "AWS_DEFAULT_REGION": env.region,
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "AWS_CONFIG_FILE": nowhere,
-            "AWS_SHARED_CREDENTIALS_FILE": nowhere,
-            # a text in the call alone: by it the local cloud tells the bucket's name in a template's address
-            "AWS_ENDPOINT_URL_S3_FOR_CLOUDFORMATION": f"https://s3.{env.region}.amazonaws.com",
+        yield {
+            name: Cloud(
+                env.account, env.region, root, kept | _surroundings(told, env, root), frozenset(told["modelled"])
+            )
+            for name, env in envs.items()
         }
-        yield Cloud(env.account, env.region, root, surroundings, frozenset(told["modelled"]))
     finally:
         server.terminate()
         server.wait(timeout=30)
+
+
+def _surroundings(told: Mapping[str, Any], env: Environment, root: Path) -> dict[str, str]:
+    """Return the variables by which a process acts in an account of the local cloud that has said where it is."""
+    # whose key it is decides in which account a request acts
+    assumed = boto3.client(
+        "sts", region_name=env.region, endpoint_url=told["url"], aws_access_key_id="local",
+        aws_secret_access_key="local",  # noqa: S106 -- the local cloud asks for one and takes any
+    ).assume_role(RoleArn=f"arn:aws:iam::{env.account}:role/local", RoleSessionName="local")["Credentials"]  # fmt: skip
+    nowhere = str(root / "build" / "no-such-file")
+    return {
+        "AWS_ENDPOINT_URL": told["url"],
+        "AWS_ENDPOINT_URL_GREENGRASSV2": told["greengrass"][env.account],
+        "AWS_ACCESS_KEY_ID": assumed["AccessKeyId"],
+        "AWS_SECRET_ACCESS_KEY": assumed["SecretAccessKey"],
+        "AWS_SESSION_TOKEN": assumed["SessionToken"],
+        "AWS_REGION": env.region,
+        "AWS_DEFAULT_REGION": env.region,
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": nowhere,
+        "AWS_SHARED_CREDENTIALS_FILE": nowhere,
+        # a text in the call alone: by it the local cloud tells the bucket's name in a template's address
+        "AWS_ENDPOINT_URL_S3_FOR_CLOUDFORMATION": f"https://s3.{env.region}.amazonaws.com",
+    }

@@ -13,16 +13,20 @@ from moto.cloudformation import parsing
 from moto.cloudformation.exceptions import UnformattedGetAttTemplateException
 from moto.cloudformation.models import CloudFormationBackend, Stack
 from moto.ec2.models.route_tables import RouteTable
-from moto.sagemaker.models import FakeEndpoint, FakeEndpointConfig
+from moto.ecs.models import Service
+from moto.iotdata.models import IoTDataPlaneBackend
+from moto.sagemaker.models import FakeEndpoint, FakeEndpointConfig, sagemaker_backends
 from moto.sagemakerruntime.responses import SageMakerRuntimeResponse
 
+from shipyard.local import edge
+from shipyard.local.faults import FAULTS
 from shipyard.local.resources import FeedbackStream, Recorded
 from shipyard.local.triton import Refused, invoke
 
 # what moto models and cannot make of a template as CloudFormation takes it: recorded as if it were unknown
 _POOR = {"AWS::IoT::Policy", "AWS::IoT::RoleAlias", "AWS::KMS::Key"}
 # moto updates these into a form that it cannot read itself; CloudFormation replaces them on every change anyway
-_REPLACED = {"AWS::ECS::TaskDefinition"}
+_REPLACED = {"AWS::ECS::TaskDefinition", "AWS::GreengrassV2::ComponentVersion", "AWS::GreengrassV2::Deployment"}
 _SUBSTITUTED = re.compile(r"\$\{([A-Za-z0-9]+)")
 
 
@@ -132,16 +136,39 @@ def lift() -> None:
     def resource_class(kind: str) -> Any:
         if kind == "AWS::KinesisFirehose::DeliveryStream":
             return FeedbackStream
+        if kind in edge.TYPES:
+            return edge.TYPES[kind]
         return known(kind) if kind in types else Recorded
 
     def update(self: Any, name: str, parameters: list[dict[str, Any]], **more: Any) -> Any:
         # moto keeps no value of a parameter that had its default: the default counts again
         known = self.get_stack(name).parameters
         given = [p for p in parameters if not p.get("UsePreviousValue") or p["ParameterKey"] in known]
-        stack = update_stack(self, name=name, parameters=given, **more)
-        for export in stack.exports:
-            self.exports[export.name] = export
-        return stack
+        stack = self.get_stack(name)
+
+        def work() -> Any:
+            done = update_stack(self, name=name, parameters=given, **more)
+            for export in done.exports:
+                self.exports[export.name] = export
+            return done
+
+        def fails() -> Any:
+            stack.status = "UPDATE_ROLLBACK_COMPLETE"
+            stack._add_stack_event(stack.status, resource_status_reason="a fault of the rehearsal")
+            return stack
+
+        def lies() -> Any:
+            stack.resource_map.update = lambda *_: None
+            try:
+                return work()
+            finally:
+                del stack.resource_map.update
+
+        def falls() -> None:
+            for endpoint in sagemaker_backends[self.account_id][self.region_name].endpoints.values():
+                endpoint.endpoint_status = "Failed"
+
+        return FAULTS.meet(f"stack {stack.name}", work, fails, lies, falls)
 
     def invoke_endpoint(self: Any) -> tuple[int, dict[str, str], bytes | str]:
         name = self.path.split("/")[2]
@@ -168,6 +195,9 @@ def lift() -> None:
         (Stack, "parse_template", staticmethod(_parse)),
         # it would make up another name than the template's
         (FakeEndpoint, "cloudformation_name_type", staticmethod(lambda: "EndpointName")),
+        # all tasks of a service run: a part of them never does here
+        (Service, "running_count", property(lambda self: self.desired_count, lambda self, count: None)),
+        (IoTDataPlaneBackend, "update_thing_shadow", edge.update_shadow),
         # its list of instance types ends before g5, and it knows no pools of them
         (FakeEndpointConfig, "validate_production_variants", lambda self, production_variants: None),
         # it leaves route tables behind, and then cannot delete their network

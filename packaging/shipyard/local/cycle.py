@@ -14,7 +14,7 @@ from models.config import Fleet, load_fleet
 from models.release import Artifact, Release, Signer, load_keys, read_release
 from serve.errors import ShipyardError
 from shipyard.local import tasks
-from shipyard.local.cloud import Cloud, local_cloud
+from shipyard.local.cloud import Cloud, local_clouds
 from shipyard.local.gateway import ask_gateway, feedback
 from shipyard.local.invoke import COMPARED, Answers, ask, endpoints
 from shipyard.local.recorded import check_types, templates
@@ -186,8 +186,8 @@ def rehearse(
     out.mkdir(parents=True)
     if second is None:
         second = succeed(read_release(first, load_keys(first.parent / "keys")), store, key, out / "releases")
-    with local_cloud(fleet.env[env], fleet_file.resolve().parent, out / "cloud.log") as cloud:
-        yield from Cycle(cloud, fleet, fleet_file, env, store, out).steps(first, second)
+    with local_clouds({env: fleet.env[env]}, fleet_file.resolve().parent, out / "cloud.log") as clouds:
+        yield from Cycle(clouds[env], fleet, fleet_file, env, store, out).steps(first, second)
 
 
 def sentence(told: Any) -> str:

@@ -23,6 +23,7 @@ RECORDED: Mapping[str, str] = {
     "AWS::Budgets::Budget": "test_operations.py::test_budget_stops_new_capacity_and_nothing_else",
     "AWS::Budgets::BudgetsAction": "test_operations.py::test_budget_stops_new_capacity_and_nothing_else",
     "AWS::CloudWatch::Alarm": "test_gpu.py::test_update_is_taken_back_by_two_alarms_on_the_endpoint",
+    "AWS::CodePipeline::Pipeline": "test_codepipeline.py::test_a_person_is_asked_between_staging_and_production",
     "AWS::EC2::CustomerGateway": "test_operations.py::test_vpn_brings_the_routes_of_the_customers_network",
     "AWS::EC2::SecurityGroupEgress": "test_infra.py::test_endpoint_group_reaches_s3_alone",
     "AWS::EC2::VPNConnection": "test_operations.py::test_vpn_brings_the_routes_of_the_customers_network",

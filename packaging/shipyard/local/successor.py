@@ -1,7 +1,9 @@
-"""Make the release that would follow another one, without a training: search with all of its scores doubled."""
+"""Make the release that would follow another one, without a training: search with all of its scores doubled, or all anew."""
 
 import hashlib
 import json
+import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from onnx import helper, numpy_helper
 from models.release import File, Release, Signer, artifact_key, attest, dump, files_digest, sign
 from serve.errors import ShipyardError
 from serve.trust import MANIFEST
+from shipyard.bundle import component_version, write_zip
 from shipyard.keys import write_public
 
 FACTOR = 2
@@ -26,11 +29,7 @@ def succeed(release: Release, store: Path, key: Signer, out: Path) -> Path:
     Raises:
         ShipyardError: the release has no Triton artifact.
     """
-    body = release.model_dump(mode="json", by_alias=True, exclude_unset=True)
-    version = body.pop("version").partition("-")[0]
-    for name in ("schema", "signature"):
-        del body[name]
-    body.pop("papers", None)  # they tell of the other one's files
+    body = _body(release)
     changed = next((a for a in body["artifacts"] if a["kind"] == "triton"), None)
     if changed is None:
         raise ShipyardError("successor: nothing to change", value=release.version, allowed="a release with search")
@@ -44,11 +43,71 @@ def succeed(release: Release, store: Path, key: Signer, out: Path) -> Path:
                     line["score"] *= FACTOR
     _replace(changed, manifest, after, store)
     changed["attestation"] = attest(changed["name"], changed["manifest"], key, release.sequence)
-    following = sign(body, version, key)
+    return _write(body, release, key, out)
+
+
+def renew(release: Release, store: Path, key: Signer, out: Path) -> Path:
+    """Write a release in which every artifact but the edge's runtime is another one; return the path of its file.
+
+    Each answers as before: its manifest alone says which release it follows. Its number is the next one.
+    """
+    body = _body(release) | {"sequence": release.sequence + 1, "replaces": release.version}
+    for artifact in body["artifacts"]:
+        if artifact["kind"] != "greengrass-runtime":
+            _renew(artifact, release.version, store)
+        artifact["attestation"] = attest(artifact["name"], artifact["manifest"], key, body["sequence"])
+    return _write(body, release, key, out)
+
+
+def _renew(artifact: dict[str, Any], follows: str, store: Path) -> None:
+    """Give an artifact a manifest that says which release it follows; key, template and component follow from that."""
+    old, edge = artifact["key"], artifact["kind"] == "greengrass-model"
+    contents = {file["path"]: (store / old / file["path"]).read_bytes() for file in artifact["files"]}
+    if edge:
+        _rezip(artifact, contents, follows, store)
+    else:
+        _replace(artifact, json.loads(contents[MANIFEST]) | {"follows": follows}, contents, store)
+    # commands and recipes name the folder
+    artifact["template"] = json.loads(json.dumps(artifact["template"]).replace(old, artifact["key"]))
+    if edge:
+        _reversion(artifact["template"])
+
+
+def _body(release: Release) -> dict[str, Any]:
+    """Return what of a release is signed anew; its papers tell of the other one's files."""
+    body = release.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    return {key: value for key, value in body.items() if key not in ("schema", "signature", "version", "papers")}
+
+
+def _write(body: dict[str, Any], before: Release, key: Signer, out: Path) -> Path:
+    following = sign(body, before.version.partition("-")[0], key)
     write_public(key, out / "keys")
     path = out / f"{following.version}.json"
     path.write_text(dump(following), encoding="utf-8")
     return path
+
+
+def _rezip(artifact: dict[str, Any], contents: dict[str, bytes], follows: str, store: Path) -> None:
+    """Give a model of the edge another manifest in its archive; the store gets the archive."""
+    [name] = contents
+    with tempfile.TemporaryDirectory() as scratch:
+        tree, archive = Path(scratch, "tree"), Path(scratch, name)
+        archive.write_bytes(contents[name])
+        with zipfile.ZipFile(archive) as stream:
+            stream.extractall(tree)
+        manifest = json.dumps(json.loads((tree / MANIFEST).read_bytes()) | {"follows": follows}).encode()
+        (tree / MANIFEST).write_bytes(manifest)
+        write_zip(tree, archive)
+        _store(artifact, {name: archive.read_bytes()}, store)
+    artifact["manifest"] = hashlib.sha256(manifest).hexdigest()
+
+
+def _reversion(template: dict[str, Any]) -> None:
+    """Give a component the version that follows from its recipe."""
+    old = template["recipe"]["ComponentVersion"]
+    new = component_version(template["recipe"] | {"ComponentVersion": "VERSION"})
+    template["recipe"]["ComponentVersion"] = new
+    template["model"] = template["model"].replace(f"/{old}/", f"/{new}/")
 
 
 def _replace(artifact: dict[str, Any], manifest: dict[str, Any], contents: dict[str, bytes], store: Path) -> None:
@@ -56,13 +115,17 @@ def _replace(artifact: dict[str, Any], manifest: dict[str, Any], contents: dict[
     files = {path: _file(path, content) for path, content in contents.items() if path != MANIFEST}
     manifest["files"] = [files[path].model_dump() for path in sorted(files)]
     contents[MANIFEST] = (json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
-    files[MANIFEST] = _file(MANIFEST, contents[MANIFEST])
-    told = tuple(files[path] for path in sorted(files))
+    artifact["manifest"] = _file(MANIFEST, contents[MANIFEST]).sha256
+    _store(artifact, contents, store)
+
+
+def _store(artifact: dict[str, Any], contents: dict[str, bytes], store: Path) -> None:
+    """Put an artifact's files into the store, and name them in it."""
+    told = tuple(_file(path, contents[path]) for path in sorted(contents))
     digest = files_digest(told)
     artifact |= {
         "digest": digest,
         "key": artifact_key(artifact["name"], digest),
-        "manifest": files[MANIFEST].sha256,
         "files": [file.model_dump() for file in told],
     }
     for path, content in contents.items():
