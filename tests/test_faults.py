@@ -31,10 +31,10 @@ SLOW = 2.0
 
 
 class Proxy:
-    """Pass bytes on to a port; `mode` "slow" holds answers back, "corrupt" turns a bit of their bodies."""
+    """Pass bytes on to a port; `mode` "slow" holds answers back, "some" each 20th, "corrupt" turns a bit of their bodies."""
 
     def __init__(self, port):
-        self.mode, self._port = "pass", port
+        self.mode, self._port, self._passed = "pass", port, itertools.count(1)
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
         self.port = self._listener.getsockname()[1]
         self._random = random.Random(3)
@@ -58,7 +58,7 @@ class Proxy:
     def _back(self, target, client):
         with contextlib.suppress(OSError):
             while data := target.recv(65536):
-                if self.mode == "slow":
+                if self.mode == "slow" or (self.mode == "some" and next(self._passed) % 20 == 0):
                     time.sleep(SLOW)
                 body = data.find(b"\r\n\r\n") + 4
                 if self.mode == "corrupt" and body < len(data):
@@ -128,7 +128,7 @@ class Faulty:
 
     def broken(self, source, kind):
         """Break a target, in a way that ends with the context."""
-        if kind in ("slow", "corrupt"):
+        if kind in ("slow", "some", "corrupt"):
             return self._mode(source, kind)
         return self._signalled(source, kind)
 
@@ -194,6 +194,28 @@ def suffer(faulty, source, kind, seconds=1.0, clients=3, patience=30.0):
 def faulty(tmp_path_factory):
     with Faulty(tmp_path_factory.mktemp("faulty")) as found:
         yield found
+
+
+# first, while the gateway has learned nothing of faults
+def test_a_target_of_which_some_answers_are_slow_is_asked_twice_and_counted_once(faulty):
+    with faulty.broken("search", "some"):
+        answers = [faulty.ask(k % len(faulty.asked)) for k in range(120)]
+    told = [answer["targets"]["search"] for _, answer, _ in answers]
+    assert {status for status, *_ in answers} == {200}
+    assert not any(faulty.wrong(k % len(faulty.asked), answer) for k, (_, answer, _) in enumerate(answers))
+    won = [one for one in told if one.get("hedge") == "won"]
+    # each of them would have been late: what is held back is held longer than the deadline
+    assert len(won) >= 2 and {one["state"] for one in won} == {"spoke"}
+    assert sum(one["state"] == "late" for one in told) <= 3
+    with urllib.request.urlopen(f"{faulty.fleet.url}/metrics", timeout=10) as page:
+        metrics = dict(line.rsplit(" ", 1) for line in page.read().decode().splitlines() if line[0] != "#")
+    assert float(metrics['target_hedges_total{outcome="won",target="search"}']) >= len(won)
+    assert 0 < float(metrics['hedge_delay_seconds{target="search"}']) < DEADLINE
+    # one request is one impression, with what was answered
+    lines = [line for path in (faulty.folder / "own" / "feedback").glob("*.jsonl") for line in path.open()]
+    seen = [record["request_id"] for record in map(json.loads, lines)]
+    assert {answer["request_id"] for _, answer, _ in answers} <= set(seen)
+    assert len(seen) == len(set(seen))
 
 
 @pytest.mark.parametrize(("source", "kind"), FAULTS)

@@ -37,9 +37,11 @@ from serve.feedback import Journal, Unwritten, files, firehose
 from serve.files import sha256_file
 from serve.fused import open_gateway
 from serve.fusion import best, fuse, gather
-from serve.gateway import sends
+from serve.gateway import sends, shard
+from serve.resilience import Breaker, Hedge, Target
 from serve.runtime import Model
-from serve.targets import Breaker, Call, Gone, Target, http_send, sagemaker_send
+from serve.shard import SHARD
+from serve.targets import Call, Gone, http_send, sagemaker_send
 from serve.trace import begin
 from serve.trust import trusted
 from shipyard.bundle import bundle_gateway
@@ -322,7 +324,8 @@ def logged(fleet, member, request_id):
     until = time.monotonic() + 20  # a request is logged after its answer is sent
     while f"id={request_id} " not in log.read_text() and time.monotonic() < until:
         time.sleep(0.05)
-    [line] = [line for line in log.read_text().splitlines() if f"id={request_id} " in line]
+    # one that was slow is asked twice
+    line = next(line for line in log.read_text().splitlines() if f"id={request_id} " in line)
     return dict(part.split("=", 1) for part in line.split() if "=" in part)
 
 
@@ -680,13 +683,11 @@ def test_a_target_is_not_held_up_by_the_threads_of_another():
         slow = Target("slow", lambda call: time.sleep(1.0), 0.2, threads=1)
         fast = Target("fast", lambda call: ([1], [1.0]), 0.2, threads=1)
         begin = time.monotonic()
-        answers = await asyncio.gather(
-            *(target.ask({}, 5, "id") for target in (slow, slow, fast)), return_exceptions=True
-        )
+        answers = await asyncio.gather(*(target.ask({}, 5, "id") for target in (slow, slow, fast)))
         return answers, time.monotonic() - begin
 
     answers, took = asyncio.run(both())
-    assert [type(answer) for answer in answers] == [Gone, Gone, tuple]
+    assert [answer.state for answer in answers] == ["late", "late", "spoke"]
     assert took < 0.9
 
 
@@ -775,6 +776,27 @@ def test_targets_of_the_cloud_are_found_by_two_addresses(fleet, monkeypatch):
     assert set(sends(pinned, "sagemaker:shipyard-search", "http://internal", {})) == {"search", "recommend"}
     with pytest.raises(ShipyardError, match="--search: wrong"):
         sends(pinned, "shipyard-search", "http://internal", {})
+
+
+def test_a_shard_goes_with_the_raw_scores_of_search_alone(fleet):
+    member = fleet.members[0]
+    pinned = open_gateway(member.bundle, member.name, member.attestation, trusted(fleet.key))
+    assert pinned.targets["search"]["manifest"] == sha256_file(fleet.folders["search"] / "bundle.json")
+    with pytest.raises(ShipyardError, match="--items: search is asked by --target"):
+        shard(pinned, "http://127.0.0.1:9", {"search": "http://127.0.0.1:9"}, 1.0, Hedge())
+
+
+def test_a_gateway_that_was_made_before_there_were_shards_is_told_of_none(fleet, tmp_path):
+    gateway, *rest = fleet.members
+    beside = Member("search-items-0", SHARD, tmp_path / "none", "", ROOT / "packaging", 9)
+    new = command(gateway, (*fleet.members, beside), tmp_path)
+    assert new[new.index("--items") + 1] == "http://127.0.0.1:9"
+    pinned = json.loads((gateway.bundle / "fusion.json").read_text())
+    for target in pinned["targets"].values():
+        del target["manifest"]
+    (tmp_path / "fusion.json").write_text(json.dumps(pinned))
+    old = dataclasses.replace(gateway, bundle=tmp_path)
+    assert "--items" not in command(old, (old, *rest, beside), tmp_path)
 
 
 @pytest.mark.parametrize("option", ["--policy=search=always", "--target=intent=http://x"])

@@ -14,8 +14,9 @@ from serve.feedback import Journal, files
 from serve.files import read_json
 from serve.fused import CODEC, Gateway, open_gateway
 from serve.fusion import best, fuse, gather
+from serve.resilience import Target
 from serve.runtime import Model
-from serve.targets import Target, http_send, triton_send
+from serve.targets import http_send, triton_send
 from serve.trust import trusted
 
 OLD = {"products": [PRODUCTS[0], *range(900, 906), *PRODUCTS[5:10]], "rows": None, "answers": None}

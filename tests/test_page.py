@@ -11,7 +11,8 @@ from conftest import ROOT
 from playwright.sync_api import expect, sync_playwright
 from test_fusion_gateway import FUSION, Fleet
 
-from shipyard.fleet import down, page
+from shipyard.fleet import down
+from shipyard.pages.live import page
 
 UNPACKED = ROOT / "build" / "browser"
 
@@ -31,7 +32,9 @@ pytestmark = pytest.mark.skipif(browser() is None, reason="no chromium-headless-
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory):
     found = Fleet(tmp_path_factory.mktemp("page"))
-    (found.folder / "up" / "page.html").write_text(page(found.members, found.folder), encoding="utf-8")
+    (found.folder / "up" / "page.html").write_text(
+        page([member.bundle for member in found.members], found.folder), encoding="utf-8"
+    )
     found.start()
     yield found
     down(found.folder)

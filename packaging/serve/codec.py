@@ -35,7 +35,10 @@ class BadRequest(ShipyardError):
 
 
 class Codec:
-    """What a bundle's catalogue and tokenizer make of requests and of rows."""
+    """What a bundle's catalogue and tokenizer make of requests and of rows.
+
+    A shard of fresh items tells with each answer which items of the catalogue it `replaces`.
+    """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         if manifest.get("schema") != SCHEMA:
@@ -50,6 +53,7 @@ class Codec:
         self._row = dict(zip(products, rows, strict=True))
         self._place = {answer: row for row, answer in enumerate(self.answers, 1)}
         self.returned: int = manifest["returned"]
+        self._replaces: list[Id] | None = manifest.get("replaces")
         self.takes_offers = "offers" in manifest["inputs"]
         self._tokenizer: Any = None
         if manifest["tokenizer"] is not None:
@@ -176,7 +180,8 @@ class Codec:
             {self.answer_key: self.answers[row - 1], "score": round(score, 6)}
             for row, score in zip(rows.tolist(), scores.tolist(), strict=False)
         ]
-        return {PLURALS[self.answer_key]: best, "unknown": self.unknown(request)}
+        told = {PLURALS[self.answer_key]: best, "unknown": self.unknown(request)}
+        return told if self._replaces is None else told | {"replaces": self._replaces}
 
     def unknown(self, request: Any) -> list[Id]:
         """Return the products of a request's history that the model does not have, in the order of the request."""

@@ -16,15 +16,17 @@ from typing import Any, Literal, get_args
 from cachetools import TTLCache
 from prometheus_client import Counter, Gauge, Histogram
 
-from serve import openapi
+from serve import described, openapi
 from serve.asgi import TIMES, Answer, App, Asked, Refused
 from serve.codec import BadRequest, Codec, Id
 from serve.errors import ShipyardError
-from serve.feedback import KINDS, MOST_EVENTS, Journal, Unwritten, events, is_id, now
+from serve.feedback import Journal, Unwritten, events, is_id, now
 from serve.files import read_json, sha256_file
 from serve.fusion import best, fuse, gather
 from serve.observed import observed
-from serve.targets import Gone, Heard, Target
+from serve.resilience import T, Target
+from serve.shard import SHARD, Fresh, merge
+from serve.targets import Heard
 from serve.trust import MANIFEST, Keys, check_bundle, verify_attestation
 
 FUSION = "fusion.json"
@@ -69,11 +71,12 @@ class Gateway:
     """Targets, fusion, cache and journal behind routes."""
 
     def __init__(
-        self, pinned: Pinned, targets: Mapping[str, Target], journal: Journal, policies: Mapping[str, Policy],
-        seconds: float, cache_seconds: float, prefix: str, page: bytes | None,
+        self, pinned: Pinned, targets: Mapping[str, Target[Heard]], journal: Journal, policies: Mapping[str, Policy],
+        seconds: float, cache_seconds: float, prefix: str, page: bytes | None, shard: Target[Fresh] | None = None,
     ) -> None:  # fmt: skip
-        self.pinned, self.targets, self.journal = pinned, targets, journal
+        self.pinned, self.targets, self.journal, self._shard = pinned, targets, journal, shard
         self._policies, self._seconds = policies, seconds
+        self._search = next(s for s in pinned.sources if pinned.targets[s]["task"] == SEARCH)
         self._cache: TTLCache[str, tuple[float, dict[str, Any]]] = TTLCache(10_000, cache_seconds)
         routes: dict[tuple[str, str], Callable[[Asked], Any]] = {
             ("POST", "/v1/search"): lambda asked: self._fused(asked, SEARCH),
@@ -89,15 +92,22 @@ class Gateway:
         )
         self._took = Histogram("target_seconds", "Time of a call to a target", ("target",), buckets=TIMES,
                                registry=registry)  # fmt: skip
+        self._hedges = Counter(
+            "target_hedges", "Questions that a target was asked twice, by what became of the second call",
+            ("target", "outcome"), registry=registry,
+        )  # fmt: skip
+        delays = Gauge("hedge_delay_seconds", "After which a target is asked again", ("target",), registry=registry)
         self._hits = Counter("cache_hits", "Answers from the cache", registry=registry)
         dropped = Gauge("records_dropped", "Impressions that could not be written", registry=registry)
         dropped.set_function(lambda: journal.dropped)
         Gauge("bundle", "The bundle that is served", ("name", "manifest"), registry=registry).labels(
             "gateway", pinned.manifest
         ).set(1)
-        for name, target in targets.items():
+        every: dict[str, Target[Any]] = {**targets} | ({SHARD: shard} if shard is not None else {})
+        for name, target in every.items():
             opened = Gauge(f"breaker_open_{name}", "Whether the target's breaker is open", registry=registry)
             opened.set_function(functools.partial(_open, target))
+            delays.labels(name).set_function(functools.partial(_delay, target))
 
     async def _fused(self, asked: Asked, route: str) -> Answer:
         document = asked.json()
@@ -143,13 +153,13 @@ class Gateway:
         """Ask the sources, fuse what they say, and hold the route's policy."""
         seconds = asked.seconds(self._seconds)
         states: dict[str, Any] = {source: {"state": "off"} for source in self.pinned.sources}
-        heard = dict(
-            zip(
-                sources,
-                await asyncio.gather(*(self._ask(s, request, seconds, asked, states) for s in sources)),
-                strict=True,
-            )
+        answers, fresh = await asyncio.gather(
+            asyncio.gather(*(self._source(s, request, seconds, asked, states) for s in sources)),
+            self._fresh(request, sources, seconds, asked, states),
         )
+        heard = dict(zip(sources, answers, strict=True))
+        if fresh is not None and (catalogue := heard[self._search]) is not None:
+            heard[self._search] = merge(catalogue, fresh, self.pinned.targets[self._search]["returned"])
         spoke = sum(answer is not None for answer in heard.values())
         policy = self._policies[route]
         least = {"best-effort": 1, "quorum": len(sources) // 2 + 1, "strict": len(sources)}[policy]
@@ -163,26 +173,47 @@ class Gateway:
             "method": self.pinned.method, "targets": states, "complete": spoke == len(sources),
         }  # fmt: skip
 
-    async def _ask(
+    async def _source(
         self, source: str, request: dict[str, Any], seconds: float, asked: Asked, states: dict[str, Any]
     ) -> Heard | None:
+        """Ask one source."""
         told = self.pinned.targets[source]
         document = request | {"k": told["returned"]}
-        if told["task"] != "search":
+        if told["task"] != SEARCH:
             document = {key: value for key, value in document.items() if key != "query"}
-        start = time.perf_counter()
-        heard, state = None, "spoke"
-        try:
-            heard = await self.targets[source].ask(document, seconds, asked.id, asked.trace)
-        except Gone as gone:
-            state = gone.why
-        took = time.perf_counter() - start
-        states[source] = {"state": state, "ms": round(took * 1e3, 1)}
+        heard = await self._ask(source, self.targets[source], document, seconds, asked, states)
         if heard is not None:
-            states[source] |= {"products": heard[0][:5], "score": heard[1][0] if heard[1] else None}
-        self._told.labels(source, state).inc()
-        self._took.labels(source).observe(took)
+            products, scores = heard
+            states[source] |= {"products": products[:5], "score": scores[0] if scores else None}
         return heard
+
+    async def _fresh(
+        self, request: dict[str, Any], sources: list[str], seconds: float, asked: Asked, states: dict[str, Any]
+    ) -> Fresh | None:
+        """Ask the shard of fresh items, where search is asked; without it there is the catalogue alone."""
+        if self._shard is None or self._search not in sources:
+            return None
+        document = request | {"k": self.pinned.targets[self._search]["returned"]}
+        fresh = await self._ask(SHARD, self._shard, document, seconds, asked, states)
+        if fresh is not None:
+            states[SHARD]["products"] = fresh.heard[0][:5]
+        return fresh
+
+    async def _ask(
+        self, name: str, target: Target[T], document: dict[str, Any], seconds: float, asked: Asked,
+        states: dict[str, Any],
+    ) -> T | None:  # fmt: skip
+        """Ask one target, and note in `states` and in the metrics what became of it."""
+        start = time.perf_counter()
+        found = await target.ask(document, seconds, asked.id, asked.trace)
+        took = time.perf_counter() - start
+        states[name] = {"state": found.state, "ms": round(took * 1e3, 1)}
+        if found.hedge is not None:
+            states[name]["hedge"] = found.hedge
+            self._hedges.labels(name, found.hedge).inc()
+        self._told.labels(name, found.state).inc()
+        self._took.labels(name).observe(took)
+        return found.heard
 
     def _own(self, document: Any) -> tuple[Id | None, Id | None, list[str]]:
         """Return user, place and the sources that are to be left out, which are the gateway's own keys."""
@@ -206,38 +237,18 @@ class Gateway:
         return Answer(202, {"written": len(records)})
 
     async def _openapi(self, _: Asked) -> Answer:
-        codec = self.pinned.codec
-        own = {"user": openapi.NO_OR_SHORT_ID, "place": openapi.NO_OR_SHORT_ID}
-        paths = {}
-        for route in (SEARCH, RECOMMEND):
-            body = openapi.request_schema(codec)
-            asked = [name for name in self.targets if route == SEARCH or self.pinned.targets[name]["task"] == RECOMMEND]
-            off = openapi.listed({"enum": list(self.pinned.sources)}, len(self.pinned.sources))
-            # one at least is left to ask
-            off |= {"not": {"allOf": [{"contains": {"const": name}} for name in asked]}} if asked else {}
-            body = body | {"properties": body["properties"] | own | {"without": off}}
-            if route == RECOMMEND:
-                body = openapi.closed({k: v for k, v in body["properties"].items() if k != "query"})
-            answer = openapi.answer_schema(codec) | {"required": ["request_id", "products", "targets", "complete"]}
-            paths[f"/v1/{route}"] = {"post": openapi.operation("Ask the targets and fuse their answers", answer, body)}
-        event = openapi.closed(
-            {"item": openapi.SHORT_ID, "kind": {"enum": list(KINDS)}, "quantity": openapi.AMOUNT,
-             "value": openapi.AMOUNT, "basket": openapi.NO_OR_SHORT_ID}, ("item", "kind"),
-        )  # fmt: skip
-        body = openapi.closed(
-            {"request_id": {"type": "string", "minLength": 1, "maxLength": 64},
-             "user": openapi.SHORT_ID, "place": openapi.NO_OR_SHORT_ID,
-             "events": openapi.listed(event, MOST_EVENTS, 1)}, ("request_id", "user", "events"),
-        )  # fmt: skip
-        described = openapi.operation("Write what a shopper did with an answer", {"type": "object"}, body)
-        described["responses"]["202"] = described["responses"].pop("200")
-        paths["/v1/feedback"] = {"post": described}
-        return Answer(200, openapi.document("gateway", self.pinned.manifest, paths, self.app.prefix))
+        mine = [name for name in self.targets if self.pinned.targets[name]["task"] == RECOMMEND]
+        found = described.paths(self.pinned.codec, self.pinned.sources, {SEARCH: list(self.targets), RECOMMEND: mine})
+        return Answer(200, openapi.document("gateway", self.pinned.manifest, found, self.app.prefix))
 
 
 async def _page(content: bytes) -> Answer:
     return Answer(200, content, type="text/html; charset=utf-8")
 
 
-def _open(target: Target) -> float:
+def _open(target: Target[Any]) -> float:
     return float(target.breaker.open)
+
+
+def _delay(target: Target[Any]) -> float:
+    return target.hedge.delay

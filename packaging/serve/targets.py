@@ -1,17 +1,18 @@
 """What the gateway asks: our own servers over HTTP, Triton over HTTP, Triton behind a SageMaker endpoint.
 
-Each target has threads, a circuit breaker and a deadline of its own, so that one that is slow or gone costs the others
-nothing. Predictions change nothing, so a call that broke off is made once more; one that was late is not.
+Predictions change nothing, so a call that broke off is made once more; one that was late is not. `serve.resilience` tells
+when a target is asked at all.
 """
 
-import asyncio
+import contextlib
 import itertools
 import json
 import math
+import socket
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import boto3
@@ -27,14 +28,43 @@ from serve.triton import CONTENT, HEADER_LENGTH, read_answer, version, write_req
 LARGEST_ANSWER = 4 * 1024 * 1024
 
 
+class Stop:
+    """Let go of a call that nobody waits for any more: its connection is closed, which ends its thread's wait too."""
+
+    def __init__(self) -> None:
+        self.called = False
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+
+    def hold(self, connection: socket.socket | None) -> None:
+        """Note what the call waits at, None where it no longer does."""
+        with self._lock:
+            self._socket = connection
+            if self.called:
+                self._shut()
+
+    def __call__(self) -> None:
+        """Close what the call waits at, now or once it comes to wait."""
+        with self._lock:
+            self.called = True
+            self._shut()
+
+    def _shut(self) -> None:
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+
+
 @dataclass(frozen=True)
 class Call:
-    """One question to a target: the request, the seconds left, and what the logs join it by."""
+    """One question to a target: the request, the seconds left, what the logs join it by, and whether it is asked `again`."""
 
     document: dict[str, Any]
     seconds: float
     id: str
     trace: Trace | None = None
+    again: bool = False
+    stop: Stop = field(default_factory=Stop)
 
     @property
     def headers(self) -> dict[str, str]:
@@ -57,85 +87,16 @@ class Gone(Exception):
         self.why, self.fault = why, fault
 
 
-class Breaker:
-    """Ask no more after `most` faults in a row, for a time that doubles with each further one from 0.5 to 30 seconds.
-
-    When it is over, one call tries; the others still get no answer until it succeeds (Nygard, "Release It!", 2007).
-    """
-
-    def __init__(self, most: int = 5, clock: Callable[[], float] = time.monotonic) -> None:
-        self._most, self._clock = most, clock
-        self._faults, self._until, self._trying = 0, 0.0, False
-
-    @property
-    def open(self) -> bool:
-        """Whether the next call would get no answer."""
-        return self._faults >= self._most and (self._trying or self._clock() < self._until)
-
-    def begin(self) -> None:
-        """Let a call pass.
-
-        Raises:
-            Gone: the breaker is open.
-        """
-        if self.open:
-            raise Gone("open", fault=False)
-        self._trying = self._faults >= self._most
-
-    def end(self, *, fault: bool) -> None:
-        """Note how a call ended that was let pass."""
-        self._trying = False
-        self._faults = self._faults + 1 if fault else 0
-        if self._faults >= self._most:
-            self._until = self._clock() + min(30.0, 0.5 * 2.0 ** (self._faults - self._most))
-
-
-class Target:
-    """One target by name, with its own threads and breaker; `seconds` is its deadline, if shorter than the request's."""
-
-    def __init__(self, name: str, send: Send, seconds: float, threads: int = 16) -> None:
-        self.name, self.breaker = name, Breaker()
-        self._send, self._seconds = send, seconds
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
-
-    async def ask(self, document: dict[str, Any], seconds: float, request_id: str, trace: Trace | None = None) -> Heard:
-        """Return what it answers within the deadline.
-
-        Raises:
-            Gone: it is late, cannot be reached, refuses, or does not answer as it should.
-        """
-        self.breaker.begin()
-        seconds = min(seconds, self._seconds)
-        call = Call(document, seconds, request_id, trace)
-        fault = True
-        try:
-            loop = asyncio.get_running_loop()
-            heard = await asyncio.wait_for(loop.run_in_executor(self._pool, self._send, call), seconds)
-            fault = False
-            return heard
-        except TimeoutError:
-            raise Gone("late") from None
-        except Gone as gone:
-            fault = gone.fault
-            raise
-        finally:
-            self.breaker.end(fault=fault)
-
-    def close(self) -> None:
-        """Let its threads end."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-
 def http_send(url: str, answer_key: str) -> Send:
     """Return what asks a server of ours at `url`, e.g. http://host/recommend/v1/recommend."""
-    pool = _pool()
+    pool = connections()
     plural = PLURALS[answer_key]
 
     def send(call: Call) -> Heard:
-        body = _post(pool, url, json.dumps(call.document).encode(), call, {"Content-Type": "application/json"})[0]
+        body = post(pool, url, json.dumps(call.document).encode(), call, {"Content-Type": "application/json"})[0]
         try:
             told = json.loads(body)[plural]
-            return _checked([one[answer_key] for one in told], [one["score"] for one in told])
+            return checked([one[answer_key] for one in told], [one["score"] for one in told])
         except (ValueError, KeyError, TypeError, RecursionError):
             raise Gone("corrupt") from None
 
@@ -144,12 +105,12 @@ def http_send(url: str, answer_key: str) -> Send:
 
 def triton_send(url: str, codec: Codec) -> Send:
     """Return what asks Triton at `url`, e.g. http://host/v2/models/search/infer."""
-    pool = _pool()
+    pool = connections()
 
     def send(call: Call) -> Heard:
         body, size = write_request(codec.encode([call.document]))
         headers = {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(size)}
-        answer, told = _post(pool, url, body, call, headers)
+        answer, told = post(pool, url, body, call, headers)
         return _decode(codec, call, answer, told.get(HEADER_LENGTH, ""))
 
     return send
@@ -181,17 +142,57 @@ def sagemaker_send(endpoint: str, codec: Codec, client: Any = None) -> Send:
     return send
 
 
-def _pool() -> urllib3.PoolManager:
-    return urllib3.PoolManager(maxsize=16, block=False, retries=False)
+_running = threading.local()
+"""The `stop` of the call that a thread makes."""
 
 
-def _post(
+class _Held:
+    """A connection that tells the call which waits at it."""
+
+    sock: Any
+
+    def getresponse(self) -> Any:
+        _running.stop.hold(self.sock)
+        return super().getresponse()  # type: ignore[misc]
+
+
+class _Connection(_Held, urllib3.connection.HTTPConnection):
+    pass
+
+
+class _SecureConnection(_Held, urllib3.connection.HTTPSConnection):
+    pass
+
+
+class _Connections(urllib3.HTTPConnectionPool):
+    ConnectionCls = _Connection
+
+
+class _SecureConnections(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _SecureConnection
+
+
+def connections() -> urllib3.PoolManager:
+    """Return a pool of connections whose calls can be let go of."""
+    found = urllib3.PoolManager(maxsize=16, block=False, retries=False)
+    found.pool_classes_by_scheme = {"http": _Connections, "https": _SecureConnections}
+    return found
+
+
+def post(
     pool: urllib3.PoolManager, url: str, body: bytes, call: Call, headers: dict[str, str]
 ) -> tuple[bytes, urllib3.HTTPHeaderDict]:
+    """Return the body and the headers of an answer 200 that came in time and as it was sent.
+
+    Raises:
+        Gone: there is none.
+    """
     end = time.monotonic() + call.seconds
-    for again in (True, False):
+    _running.stop = call.stop
+    # a call that is a second one is not made a third time
+    for again in (not call.again, False):
         left = end - time.monotonic()
-        if left <= 0:
+        if left <= 0 or call.stop.called:
             raise Gone("late")
         try:
             answer = pool.request(
@@ -202,8 +203,10 @@ def _post(
             if len(content) > LARGEST_ANSWER:
                 answer.close()
                 raise Gone("corrupt")
+            call.stop.hold(None)
             answer.release_conn()
         except (urllib3.exceptions.HTTPError, OSError) as fault:
+            call.stop.hold(None)
             # a connection that is refused is a timeout to urllib3
             refused = isinstance(fault, urllib3.exceptions.NewConnectionError)
             if isinstance(fault, urllib3.exceptions.TimeoutError) and not refused:
@@ -232,12 +235,12 @@ def _decode(codec: Codec, call: Call, body: bytes, head: str) -> Heard:
         if not rows.shape == scores.shape == (1, codec.returned) or rows.min() < 1:
             raise Gone("corrupt")
         k = call.document["k"]
-        return _checked([codec.answers[row - 1] for row in rows[0, :k].tolist()], scores[0, :k].tolist())
+        return checked([codec.answers[row - 1] for row in rows[0, :k].tolist()], scores[0, :k].tolist())
     except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         raise Gone("corrupt") from None
 
 
-def _checked(products: list[Any], scores: list[Any]) -> Heard:
+def checked(products: list[Any], scores: list[Any]) -> Heard:
     """Refuse what is no ranking: another type, no number, a product named twice, an order that is none."""
     if not all(type(product) in (int, str) for product in products) or len(set(products)) != len(products):
         raise Gone("corrupt")

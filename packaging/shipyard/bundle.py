@@ -21,7 +21,7 @@ import serve
 from models import submodel
 from models.config import Target, TargetName
 from models.cross import MAX_TOKENS as PAIR_TOKENS
-from models.release import File, artifact_key, files_digest
+from models.release import artifact_key, files_digest
 from serve import triton
 from serve.codec import SCHEMA
 from serve.engine import ENGINE
@@ -31,13 +31,14 @@ from serve.fused import CODEC, FUSION
 from serve.greengrass import recipe
 from serve.history import FEATURES, LIMIT, OFFER
 from serve.runtime import LOGITS, Model
-from serve.trust import MANIFEST, check_bundle
+from serve.trust import MANIFEST
 from shipyard.archive import write_tar_gz
 from shipyard.edge.wheels import LOCK, unpacked
 from shipyard.export import IR_VERSION, OPSET
 from shipyard.gates import MOST_RUNTIME_MB
 from shipyard.golden import golden
 from shipyard.reference import REFERENCE
+from shipyard.seal import files_of, seal
 from shipyard.stage import closure
 
 CODE = Path(serve.__file__).parent
@@ -146,7 +147,7 @@ def bundle(
     }
     # more threads add in another order, and the last digit of an answer follows
     document["golden"] = golden(data, name, Model(tree, document, threads=1))
-    manifest = _seal(tree, document)
+    manifest = seal(tree, document)
     if place == "edge":
         return _zipped(out, kebab, name, manifest, target)
     kind = "triton" if place == "gpu" else "image-context"
@@ -197,7 +198,7 @@ def bundle_gateway(
     tree = _empty(out)
     manifests = {name: read_json(folder / MANIFEST) for name, folder in bundles.items()}
     asked = {
-        name: {"artifact": told["name"], "place": places[name]}
+        name: {"artifact": told["name"], "place": places[name], "manifest": sha256_file(bundles[name] / MANIFEST)}
         | {key: told[key] for key in ("task", "level", "returned")}
         for name, told in manifests.items()
     }
@@ -213,7 +214,7 @@ def bundle_gateway(
     _write(tree / "Dockerfile", DOCKERFILE.replace("serve.server", "serve.gateway"))
     _write(tree / "requirements.txt", requirements(GATEWAY_PACKAGES))
     _copy_code(tree / "serve", "serve.gateway", "serve.fetch")
-    manifest = _seal(tree, {"schema": SCHEMA, "name": "gateway"})
+    manifest = seal(tree, {"schema": SCHEMA, "name": "gateway"})
     artifact = _artifact("gateway", None, "cpu", "gateway", manifest, tree, target.max_size_mb)
     artifact["template"] = _gateway_template(artifact["key"])
     return artifact
@@ -256,7 +257,7 @@ def bundle_runtime(models: tuple[str, ...], wheels: Path, out: Path) -> dict[str
             _copy(wheel, code / "wheels" / wheel.name)
         _write(code / "installed-bytes", f"{sum(map(unpacked, packages))}\n")
         write_zip(code, out / "upload" / f"{recipe.archive(architecture)}.zip")
-    manifest = _seal(tree, {"schema": SCHEMA, "name": "edge-runtime", "engine": ENGINE})
+    manifest = seal(tree, {"schema": SCHEMA, "name": "edge-runtime", "engine": ENGINE})
     artifact = _artifact(
         "edge-runtime", None, "edge", "greengrass-runtime", manifest, out / "upload", MOST_RUNTIME_MB
     )  # fmt: skip
@@ -302,7 +303,7 @@ def _artifact(
     kebab: str, name: str | None, place: TargetName, kind: str, manifest: str, root: Path, most_mb: float
 ) -> dict[str, Any]:
     """Return the artifact of the files below `root`, without its template."""
-    files = _files(root)
+    files = files_of(root)
     size = sum(file.bytes for file in files)
     if size > most_mb * 1e6:
         raise ShipyardError(
@@ -322,23 +323,6 @@ def _empty(out: Path) -> Path:
     for name in ("bundle", "upload"):
         shutil.rmtree(out / name, ignore_errors=True)
     return out / "bundle"
-
-
-def _seal(tree: Path, document: dict[str, Any]) -> str:
-    """Write bundle.json with the digests of all other files; return its own digest."""
-    document["files"] = [file.model_dump() for file in _files(tree)]
-    text = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-    _write(tree / MANIFEST, text)
-    digest = sha256_file(tree / MANIFEST)
-    check_bundle(tree, digest)
-    return digest
-
-
-def _files(tree: Path) -> tuple[File, ...]:
-    paths = sorted(path for path in tree.rglob("*") if path.is_file())
-    return tuple(
-        File(path=p.relative_to(tree).as_posix(), sha256=sha256_file(p), bytes=p.stat().st_size) for p in paths
-    )
 
 
 def requirements(packages: tuple[str, ...]) -> str:

@@ -94,6 +94,10 @@ def _run(chosen: argparse.Namespace, reporter: Reporter) -> int:
                 f"{chosen.verb}: {fault.name} is not installed", mend="pip install 'shipyard[aws,edge]'"
             ) from None
         return int(module.run(chosen, fleet, root, build, reporter))
+    if chosen.verb == "items":
+        module = importlib.import_module("shipyard.items")  # not at the top: it opens the engine
+        with _lock(build):
+            return int(module.run(chosen, fleet, build, open_key(chosen.key, _home() / "signing.pem"), reporter))
     if chosen.verb == "report" and chosen.release is not None:
         return report(chosen, root, build, reporter)
     if chosen.verb == "synth":

@@ -19,16 +19,20 @@ from typing import Any
 
 import serve
 from models.config import Fleet
-from models.release import Release, trusted_key
+from models.release import Artifact, Release, trusted_key
 from serve.errors import ShipyardError
 from serve.files import read_json, sha256_file
+from serve.shard import SHARD, shard_name
 from serve.trust import MANIFEST, Keys, load_keys
 from shipyard.console import Reporter
 from shipyard.look import newest, open_release
+from shipyard.pages.live import page
 
 STATE = "up.json"
+CURRENT = "items.json"
+"""Names the shard of fresh items that is served: its bundle and what attests it."""
+
 SECONDS = 60
-PAGE = Path(__file__).with_name("fleet.html")
 OURS = Path(serve.__file__).parents[1]
 
 
@@ -49,31 +53,57 @@ class Member:
         return f"http://127.0.0.1:{self.port}"
 
 
+def artifact_folder(artifact: Artifact, release: Release, build: Path) -> Path:
+    """Return the folder of an artifact's bundle below `build`/<profile>.
+
+    Raises:
+        ShipyardError: there is none, or it is another's.
+    """
+    unit = artifact.submodel or artifact.name.replace("-", "_")
+    folder = build / release.profile / unit / "bundle" / "bundle"
+    if not (folder / MANIFEST).is_file() or sha256_file(folder / MANIFEST) != artifact.manifest:
+        raise ShipyardError(
+            f"{folder}: not the bundle of release {release.version}",
+            mend=f"shipyard release --profile {release.profile}",
+        )
+    return folder
+
+
+def searched(release: Release) -> Artifact:
+    """Return the artifact that searches.
+
+    Raises:
+        ShipyardError: the release has none.
+    """
+    if not (found := release.of("triton")):
+        raise ShipyardError(f"release {release.version} has no search", mend="make a release that searches")
+    return found[0]
+
+
 def members(release: Release, build: Path, port: int) -> tuple[Member, ...]:
     """Return the processes of a release whose bundles lie in `build`/<profile>, the gateway first, at `port` and above.
+
+    The last one is the shard of fresh items, whose bundle is there once `shipyard items` has made one.
 
     Raises:
         ShipyardError: a bundle is not the release's, or the release has no gateway.
     """
-    folders = {}
-    for artifact in release.artifacts:
-        unit = artifact.submodel or artifact.name.replace("-", "_")
-        folder = build / release.profile / unit / "bundle" / "bundle"
-        if not (folder / MANIFEST).is_file() or sha256_file(folder / MANIFEST) != artifact.manifest:
-            raise ShipyardError(
-                f"{folder}: not the bundle of release {release.version}",
-                mend=f"shipyard release --profile {release.profile}",
-            )
-        folders[artifact.name] = folder
+    folders = {a.name: artifact_folder(a, release, build) for a in release.artifacts}
     edge = next((folders[a.name] for a in release.of("greengrass-runtime")), OURS)
     code = {"triton": OURS, "greengrass-model": edge}
     served = [a for kind in ("gateway", "triton", "image-context", "greengrass-model") for a in release.of(kind)]
     if not release.of("gateway"):
         raise ShipyardError(f"release {release.version} has no gateway", mend="make a release that fuses")
-    return tuple(
+    found = [
         Member(a.name, a.kind, folders[a.name], a.attestation, code.get(a.kind, folders[a.name]), port + i)
         for i, a in enumerate(served)
-    )
+    ]
+    search = searched(release)
+    name, items = shard_name(search.name, search.manifest), folders[search.name].parents[1] / "items"
+    told = read_json(items / CURRENT) if (items / CURRENT).is_file() else {}
+    # one that was made for another release is none of this one's
+    bundle, attestation = (told["bundle"], told["attestation"]) if told.get("name") == name else (items / "none", "")
+    return (*found, Member(name, SHARD, Path(bundle), attestation, OURS, port + len(found)))
 
 
 def command(member: Member, fleet: tuple[Member, ...], folder: Path) -> list[str]:
@@ -81,10 +111,15 @@ def command(member: Member, fleet: tuple[Member, ...], folder: Path) -> list[str
     module = "serve.gateway" if member.kind == "gateway" else "serve.server"
     found = [sys.executable, "-m", module, "--bundle", str(member.bundle), "--artifact", member.name,
              "--attestation", member.attestation, "--port", str(member.port)]  # fmt: skip
+    if member.kind == SHARD:
+        return [*found, "--workers", "1", "--prefix", f"/{member.name}", "--swap", str(folder / CURRENT)]
     if member.kind != "gateway":
         return [*found, "--workers", "1"]
     told = read_json(member.bundle / "fusion.json")["targets"]
     for other in fleet:
+        # a gateway that was made before there were shards knows none
+        if other.kind == SHARD and all("manifest" in target for target in told.values()):
+            found += ["--items", other.url]
         source = next((name for name, target in told.items() if target["artifact"] == other.name), None)
         if other.kind == "triton":
             found += ["--search", f"triton:{other.url}"]
@@ -103,7 +138,8 @@ def up(release: Release, keys: Keys, build: Path, port: int = 8080) -> dict[str,
     down(build)
     fleet = members(release, build, port)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "page.html").write_text(page(fleet, build / release.profile), encoding="utf-8")
+    shown = [member.bundle for member in fleet if member.kind != SHARD]
+    (folder / "page.html").write_text(page(shown, build / release.profile), encoding="utf-8")
     return start(fleet, trusted_key(release, keys), folder, release.version)
 
 
@@ -112,30 +148,52 @@ def start(fleet: tuple[Member, ...], key: str, folder: Path, version: str) -> di
     state: dict[str, Any] = {"version": version, "members": []}
     started = []
     for member in fleet:
-        surroundings = os.environ | {
-            "PYTHONPATH": str(member.code),
-            "SHIPYARD_TRUSTED_KEY": key,
-            "OMP_NUM_THREADS": "1",
-        }
-        with (folder / f"{member.name}.log").open("w") as log:
-            process = subprocess.Popen(
-                command(member, fleet, folder), env=surroundings, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-                start_new_session=True, cwd=folder,
-            )  # fmt: skip
-        started.append(process)
-        state["members"].append(
-            {"name": member.name, "pid": process.pid, "url": member.url, "born": _born(process.pid)}
-        )
-        (folder / STATE).write_text(json.dumps(state, indent=1))
+        if member.kind == SHARD and not member.bundle.is_dir():
+            continue
+        started.append((member, spawn(member, fleet, key, folder)))
+        note(state, *started[-1], folder)
     end = time.monotonic() + SECONDS
-    for member, process in zip(fleet, started, strict=True):
-        while not ready(member.url):
-            if process.poll() is not None or time.monotonic() > end:
-                told = (folder / f"{member.name}.log").read_text().strip().splitlines()
-                down(folder.parent)
-                raise ShipyardError(f"{member.name} does not get ready: {told[-1] if told else 'it says nothing'}")
-            time.sleep(0.1)
+    for member, process in started:
+        try:
+            wait(member, process, folder, end)
+        except ShipyardError:
+            down(folder.parent)
+            raise
     return state
+
+
+def spawn(member: Member, fleet: tuple[Member, ...], key: str, folder: Path) -> subprocess.Popen[bytes]:
+    """Start a member, which trusts `key` and logs into `folder`."""
+    surroundings = os.environ | {"PYTHONPATH": str(member.code), "SHIPYARD_TRUSTED_KEY": key, "OMP_NUM_THREADS": "1"}
+    with (folder / f"{member.name}.log").open("w") as log:
+        return subprocess.Popen(
+            command(member, fleet, folder), env=surroundings, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+            start_new_session=True, cwd=folder,
+        )  # fmt: skip
+
+
+def note(state: dict[str, Any], member: Member, process: subprocess.Popen[bytes], folder: Path) -> None:
+    """Write down what runs, before anything else can fail: `down` ends what is noted."""
+    state["members"].append({"name": member.name, "pid": process.pid, "url": member.url, "born": _born(process.pid)})
+    (folder / STATE).write_text(json.dumps(state, indent=1))
+
+
+def wait(member: Member, process: subprocess.Popen[bytes], folder: Path, end: float) -> None:
+    """Wait until a member is ready.
+
+    Raises:
+        ShipyardError: it ended, or it is not ready at `end`, by the monotonic clock.
+    """
+    while not ready(member.url):
+        if process.poll() is not None or time.monotonic() > end:
+            raise ShipyardError(f"{member.name} does not get ready: {last_line(member, folder)}")
+        time.sleep(0.1)
+
+
+def last_line(member: Member, folder: Path) -> str:
+    """Return the last line that a member has logged."""
+    told = (folder / f"{member.name}.log").read_text().strip().splitlines()
+    return told[-1] if told else "it says nothing"
 
 
 def down(build: Path) -> list[str]:
@@ -147,11 +205,11 @@ def down(build: Path) -> list[str]:
     alive = [one for one in read_json(path)["members"] if one["born"] and _born(one["pid"]) == one["born"]]
     for number, seconds in ((signal.SIGTERM, 15), (signal.SIGKILL, 5)):
         end = time.monotonic() + seconds
-        left = [one for one in alive if _running(one)]
+        left = [one for one in alive if is_running(one)]
         for one in left:
             os.kill(one["pid"], signal.SIGCONT)
             os.kill(one["pid"], number)
-        while any(_running(one) for one in left) and time.monotonic() < end:
+        while any(is_running(one) for one in left) and time.monotonic() < end:
             time.sleep(0.05)
     path.unlink()
     return [one["name"] for one in alive]
@@ -166,39 +224,6 @@ def ready(url: str) -> bool:
         return False
 
 
-def page(fleet: tuple[Member, ...], build: Path) -> str:
-    """Return the page: it knows a few shoppers, those of the bundles' golden requests, and what products are called."""
-    shoppers: list[Mapping[str, Any]] = []
-    sources: list[str] = []
-    for member in fleet:
-        manifest = read_json(member.bundle / MANIFEST)
-        if member.kind == "gateway":
-            sources = read_json(member.bundle / "fusion.json")["sources"]
-        elif manifest["task"] == "search":
-            shoppers = [golden["request"] for golden in manifest["golden"]]
-    data = {
-        "shoppers": shoppers,
-        "sources": sources,
-        "titles": titles(build),
-    }
-    told = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
-    return PAGE.read_text(encoding="utf-8").replace("/*DATA*/null", told)
-
-
-def titles(build: Path) -> dict[str, str]:
-    """Return what a profile's products are called, by their ids as text; none where its data is not there."""
-    path = build / "joint" / "data" / "items.parquet"
-    if not path.is_file():
-        return {}
-    from pyarrow import parquet
-
-    table = parquet.read_table(path)
-    text = next((name for name in ("title", "text") if name in table.column_names), None)
-    if text is None:
-        return {}
-    return {str(item): title for item, title in zip(table["item"].to_pylist(), table[text].to_pylist(), strict=True)}
-
-
 def _born(pid: int) -> str:
     """Return when a process was started, in the kernel's ticks; "" where there is none, or one that has ended."""
     try:
@@ -208,7 +233,8 @@ def _born(pid: int) -> str:
     return "" if told[0] == "Z" else told[19]
 
 
-def _running(one: Mapping[str, Any]) -> bool:
+def is_running(one: Mapping[str, Any]) -> bool:
+    """Say whether a process that was noted still runs."""
     return _born(one["pid"]) == one["born"]
 
 

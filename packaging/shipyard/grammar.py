@@ -61,6 +61,7 @@ HELP = {
     "gc": "list, or delete, what lies in a store and no release refers to",
     "up": "serve a local release on this machine: every runtime and the gateway, on loopback",
     "down": "end what up has started",
+    "items": "make new or changed items searchable without a new release",
     "drift": "compare what the gateway has written with its release: requests, scores, calibration",
     "collect": "make training data of what the gateway has written",
     "propose": "propose a release where behaviour has drifted or enough of it is new; deploys nothing",
@@ -242,6 +243,12 @@ def _running(add: Add, sizes: argparse.ArgumentParser) -> None:
     serving.add_argument("--release", type=Path, help="a release file (default: the newest of build/releases/)")
     serving.add_argument("--port", type=int, default=8080, help="of the gateway; the others have the next ones")
     add("down")
+    bringing = add("items", more=" Makes a shard of them beside the release's search, and brings it to what `shipyard up` "
+                   "serves: docs/serving.md.")  # fmt: skip
+    bringing.add_argument("items", type=Path, metavar="FILE", help="items.parquet or items.csv, in the schema of "
+                          "docs/data.md: all that are new or changed since the release")  # fmt: skip
+    bringing.add_argument("--release", type=Path, help="a release file (default: the newest of build/releases/)")
+    bringing.add_argument("--key", help="the key that signed the release: a file or kms:KEY (default: your own)")
     measuring = add("bench", sizes, more=" Wants two cores, and nothing else that runs on them.")
     measuring.add_argument("--unit", default="recommend", help="sub-model of the cpu target (default: recommend)")
     measuring.add_argument(

@@ -27,7 +27,7 @@ from serve.trust import MANIFEST
 from shipyard.bench import load
 from shipyard.bench.contenders import CODE, OURS, PACKAGES, PEERS, Contender, contenders, cores, memory, running
 from shipyard.console import Reporter
-from shipyard.fleet import titles
+from shipyard.pages.live import titles
 from shipyard.pretrained import base_folder
 
 CONNECTIONS = 32
