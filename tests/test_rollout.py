@@ -188,6 +188,21 @@ def test_a_return_that_fails_brings_the_others_back_and_can_be_tried_again(world
     assert one_release(world) == OLD
 
 
+def test_what_looks_at_all_targets_is_asked_once_all_are_back(world, register):
+    """The last target sees the places of all, and is brought back first."""
+    rest = world.targets[-1]
+
+    def all_of_them(version):
+        if set(world.live.values()) != {version}:
+            raise ShipyardError("not all serve it")
+
+    rest.check = all_of_them
+    world.faults["rest", "before", NEW] = ShipyardError
+    with pytest.raises(ShipyardError, match=f"; all targets are back on {OLD}"):
+        go(register, world)
+    assert (one_release(world), state(register)["phase"]) == (OLD, "returned")
+
+
 def test_one_that_falls_over_after_its_turn_is_seen_at_the_end(world, register):
     seen = []
     check = world.targets[0].check

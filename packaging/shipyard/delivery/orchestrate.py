@@ -135,20 +135,26 @@ class Course:
                 f"rollout of {now.release}: {now.fault}; there is no release before it to return to",
                 mend="mend it and run the same command again, or name one: --good VERSION",
             )
-        left = []
-        for target in reversed(self._targets):
-            if target.name not in now.begun:
-                continue
+        left: dict[str, ShipyardError] = {}
+        begun = [target for target in reversed(self._targets) if target.name in now.begun]
+        for target in begun:
             self._said(f"{target.name}: back to {now.good}")
             try:
                 target.bring(now.good)
-                target.check(now.good)
             except ShipyardError as fault:
                 # the others are brought back all the same
-                left.append(f"{target.name}: {fault}")
+                left[target.name] = fault
+        # the last one looks at the places of all, so that none is looked at before all were brought back
+        for target in begun:
+            try:
+                if target.name not in left:
+                    target.check(now.good)
+            except ShipyardError as fault:
+                left[target.name] = fault
         if left:
+            told = "; ".join(f"{name}: {fault}" for name, fault in left.items())
             raise ShipyardError(
-                f"rollout of {now.release}: {now.fault}; not all targets are back on {now.good}", value="; ".join(left),
+                f"rollout of {now.release}: {now.fault}; not all targets are back on {now.good}", value=told,
                 mend="run the same command again: it goes on returning",
             )  # fmt: skip
         self.keep(replace(now, phase="returned"))

@@ -26,7 +26,7 @@ from shipyard.local.cloud import Cloud
 from shipyard.local.faults import Control, Kind
 
 SECONDS = 900
-BUSY, RETURNED = "another run is delivering", "all targets are back on"
+BUSY, RETURNED = "another run is delivering", "; all targets are back on"
 
 
 @dataclass(frozen=True)
