@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_server import ITEMS, PRODUCTS, make_bundle
 
 from serve.codec import MOST_DAYS, BadRequest, Codec
-from serve.history import KINDS
+from serve.history import KINDS, OFFER
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,33 @@ def test_a_history_is_right_where_each_of_its_events_is(codec, history):
     else:
         with pytest.raises(BadRequest, match=rf"^request: history\[{first}\]"):
             codec.check({"history": history}, "request")
+
+
+offered = st.fixed_dictionaries(
+    {"product": st.sampled_from(PRODUCTS)}, optional={name: st.floats(0, 1) for name in OFFER}
+)
+odd = st.dictionaries(st.sampled_from(["product", *OFFER, "more"]), values)
+
+
+def is_right_offer(offer):
+    """Say whether an offer is right, as docs/serving.md describes one."""
+    if type(offer) is not dict or not {"product"} <= offer.keys() <= {"product", *OFFER}:
+        return False
+    told = [offer[name] for name in OFFER if name in offer]
+    return type(offer["product"]) in (int, str) and all(
+        type(value) in (int, float) and value == value and 0 <= value <= 1 for value in told
+    )
+
+
+@given(offers=st.lists(st.one_of(offered, offered, odd, values), max_size=6))
+@settings(deadline=None, max_examples=400)
+def test_offers_are_right_where_each_of_them_is(codec, offers):
+    first = next((i for i, offer in enumerate(offers) if not is_right_offer(offer)), None)
+    if first is None:
+        assert codec.check({"offers": offers}, "request") == min(10, codec.returned)
+    else:
+        with pytest.raises(BadRequest, match=rf"^request: offers\[{first}\]"):
+            codec.check({"offers": offers}, "request")
 
 
 @given(data=st.data())

@@ -96,7 +96,7 @@ class Codec:
         events = request.get("history", [])
         if not isinstance(events, list) or len(events) > MOST_HISTORY:
             raise BadRequest(f"{where}: history: wrong", allowed=f"a list of at most {MOST_HISTORY} events")
-        if not _all_right(events):
+        if not _right_events(events):
             for i, event in enumerate(events):
                 at = f"{where}: history[{i}]"
                 _check_product(event, at, {"product", "days_ago"}, {"kind"})
@@ -106,11 +106,12 @@ class Codec:
         offers = request.get("offers", [])
         if not isinstance(offers, list) or len(offers) > MOST_OFFERS:
             raise BadRequest(f"{where}: offers: wrong", allowed=f"a list of at most {MOST_OFFERS} offers")
-        for i, offer in enumerate(offers):
-            at = f"{where}: offers[{i}]"
-            _check_product(offer, at, {"product"}, set(OFFER))
-            for name in OFFER:
-                _check_number(offer.get(name, 0), f"{at}.{name}", 1, "a number from 0 to 1")
+        if not _right_offers(offers):
+            for i, offer in enumerate(offers):
+                at = f"{where}: offers[{i}]"
+                _check_product(offer, at, {"product"}, set(OFFER))
+                for name in OFFER:
+                    _check_number(offer.get(name, 0), f"{at}.{name}", 1, "a number from 0 to 1")
         return k
 
     def encode(self, requests: list[Any]) -> dict[str, npt.NDArray[Any]]:
@@ -196,30 +197,43 @@ def tokens(ids: list[list[int]]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.
     return padded, mask.astype(np.int64)
 
 
-def _all_right(events: list[Any]) -> bool:
+def _right_events(events: list[Any]) -> bool:
     """Say whether all events of a history are right, all looked at together; where not, each by itself tells which."""
-    if not events:
-        return True
-    if set(map(type, events)) != {dict}:
+    columns = _columns(events, ("days_ago", "kind"))
+    if columns is None or len(columns[0]) != len(events):
         return False
+    days, kinds = columns
     try:
-        products, days = [event["product"] for event in events], [event["days_ago"] for event in events]
-    except KeyError:
-        return False
-    kinds = [event["kind"] for event in events if "kind" in event]
-    try:
-        known = set(kinds) <= _KINDS
+        return _right_numbers(days, MOST_DAYS) and set(kinds) <= _KINDS
     except TypeError:  # a kind that is a list or an object
         return False
-    # as many keys as these three are, and so no other
-    return (
-        known
-        and sum(map(len, events)) == 2 * len(events) + len(kinds)
-        and set(map(type, products)) <= _IDS
-        and set(map(type, days)) <= _NUMBERS
-        and min(days) >= 0
-        and max(days) <= MOST_DAYS
-        and not any(map(math.isnan, days))
+
+
+def _right_offers(offers: list[Any]) -> bool:
+    """Say whether all offers are right, as `_right_events` does."""
+    columns = _columns(offers, OFFER)
+    return columns is not None and all(_right_numbers(column, 1) for column in columns)
+
+
+def _columns(entries: list[Any], names: tuple[str, ...]) -> list[list[Any]] | None:
+    """Return what entries have under each name, where all are objects with a product's id and no other keys than these."""
+    if not set(map(type, entries)) <= {dict}:
+        return None
+    products, *columns = ([entry[name] for entry in entries if name in entry] for name in ("product", *names))
+    if len(products) != len(entries) or not set(map(type, products)) <= _IDS:
+        return None
+    # as many keys as were found, and so no other
+    found = len(products) + sum(map(len, columns))
+    return columns if sum(map(len, entries)) == found else None
+
+
+def _right_numbers(values: list[Any], most: float) -> bool:
+    """Say whether all are numbers from 0 to `most`."""
+    return not values or (
+        set(map(type, values)) <= _NUMBERS
+        and min(values) >= 0
+        and max(values) <= most
+        and not any(map(math.isnan, values))
     )
 
 

@@ -113,7 +113,8 @@ def serve(
     listener = socket.create_server((host, port), backlog=1024)
     config = uvicorn.Config(
         app, http=Protocol, ws="none", lifespan="off", log_config=None, access_log=False,
-        server_header=False, date_header=False, timeout_keep_alive=SECONDS_KEPT, timeout_graceful_shutdown=20,
+        server_header=False, date_header=False, proxy_headers=False, timeout_keep_alive=SECONDS_KEPT,
+        timeout_graceful_shutdown=20,
     )  # fmt: skip
     server = Server(config)
     server.app, server.drain = app, drain

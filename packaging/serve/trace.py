@@ -1,7 +1,7 @@
 """W3C trace context, https://www.w3.org/TR/trace-context/: a request has a span of its own in its caller's trace."""
 
 import re
-import uuid
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ class Trace:
 
 def begin(headers: Mapping[str, str]) -> Trace:
     """Return the trace of a request with these headers, by names in small letters; a new one where they tell none."""
-    span = uuid.uuid4().hex[:16]
+    span = secrets.token_hex(8)
     found = PARENT.fullmatch(headers.get("traceparent", ""))
     # version ff is forbidden, 00 has no more fields, and a later one is read by the fields of 00
     if (
@@ -38,6 +38,6 @@ def begin(headers: Mapping[str, str]) -> Trace:
         or (found[1] == "00" and found[5])
         or not int(found[2], 16) * int(found[3], 16)
     ):
-        return Trace(uuid.uuid4().hex, span)
+        return Trace(secrets.token_hex(16), span)
     state = headers.get("tracestate", "")
     return Trace(found[2], span, found[3], found[4], state if len(state) <= LONGEST_STATE and state.isascii() else "")
