@@ -13,7 +13,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 import app
 from models.config import Environment
 from models.release import sign
-from shipyard.edge import rollout
+from shipyard.delivery import live
+from shipyard.edge import components, devices, rollout
 from tests.test_infra import (
     ACCOUNT,
     BUCKET,
@@ -369,10 +370,9 @@ def test_the_role_that_deploys_may_call_what_a_rollout_and_a_status_call(stage):
         for statement in policy["PolicyDocument"]["Statement"]
         for action in aslist(statement["Action"])
     }
-    services, shipyard = {"shadows": "iot"}, Path(rollout.__file__).parent
-    called = set()
-    for name in ("live", "rollout", "devices", "components"):
-        text = (shipyard / f"{name}.py").read_text()
+    services, called = {"shadows": "iot"}, set()
+    for module in (live, rollout, devices, components):
+        text = Path(module.__file__).read_text()
         for service, method in re.findall(r"\b(sagemaker|ecs|greengrass|iot|shadows)\.([a-z]+_[a-z_]+)", text):
             if method != "get_paginator":
                 called.add(f"{services.get(service, service)}:{''.join(map(str.title, method.split('_')))}")

@@ -151,7 +151,18 @@ def test_bundles_hold_exactly_these_files(small: Made) -> None:
     }
     assert f"versions: [ {number} ]" in (small.bundle("search") / "model_repository/search/config.pbtxt").read_text()
     assert names("recommend") == names("recommend_types") == names("intent")
-    fusing = {"feedback", "fetch", "fused", "fusion", "gateway", "observed", "targets"}
+    fusing = {
+        "described",
+        "feedback",
+        "fetch",
+        "fused",
+        "fusion",
+        "gateway",
+        "observed",
+        "resilience",
+        "shard",
+        "targets",
+    }
     assert names("recommend") == code | {f"serve/{module}.py" for module in fusing | {"score"}} | {
         "bundle.json",
         "catalogue.json",

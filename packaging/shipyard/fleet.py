@@ -164,7 +164,11 @@ def start(fleet: tuple[Member, ...], key: str, folder: Path, version: str) -> di
 
 def spawn(member: Member, fleet: tuple[Member, ...], key: str, folder: Path) -> subprocess.Popen[bytes]:
     """Start a member, which trusts `key` and logs into `folder`."""
-    surroundings = os.environ | {"PYTHONPATH": str(member.code), "SHIPYARD_TRUSTED_KEY": key, "OMP_NUM_THREADS": "1"}
+    surroundings = os.environ | {
+        "PYTHONPATH": str(member.code), "SHIPYARD_TRUSTED_KEY": key, "OMP_NUM_THREADS": "1",
+        # compiled code beside its source would be a file that the bundle does not name
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }  # fmt: skip
     with (folder / f"{member.name}.log").open("w") as log:
         return subprocess.Popen(
             command(member, fleet, folder), env=surroundings, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
