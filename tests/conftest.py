@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,20 @@ def make(build: Path, profile: str, *more: object) -> Made:
     path = build / "releases" / f"{version}.json"
     keys = load_keys(build / "releases" / "keys")
     return Made(build, path, read_release(path, keys), keys, load_fleet(ROOT / "fleet.toml"), done.stderr)
+
+
+MADE = re.compile(r"(<!-- made: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+
+
+def check_tables(page: Path, tables: Mapping[str, str]) -> None:
+    """Hold a page's made tables to `tables`, by their names; SHIPYARD_UPDATE_DOCS=1 writes them."""
+    text = page.read_text(encoding="utf-8")
+    assert {found[2] for found in MADE.finditer(text)} == tables.keys()
+    wanted = MADE.sub(lambda found: found[1] + tables[found[2]] + found[3], text)
+    if os.environ.get("SHIPYARD_UPDATE_DOCS") == "1":
+        page.write_text(wanted, encoding="utf-8")
+        text = wanted
+    assert text == wanted, f"{page.name}: its tables are others now; if they should be: make docs"
 
 
 @pytest.hookimpl(optionalhook=True)

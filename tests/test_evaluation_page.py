@@ -1,17 +1,14 @@
 """docs/evaluation.md says what the figures of the committed release say."""
 
 import json
-import os
-import re
 
 import pytest
 
 from models.config import load_fleet
 from serve.files import sha256_file
-from tests.conftest import ROOT
+from tests.conftest import ROOT, check_tables
 
 PAGE = ROOT / "docs" / "evaluation.md"
-MADE = re.compile(r"(<!-- made: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +30,7 @@ def over(found):
 
 def table(head, rows):
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def baselines(figures):
@@ -69,17 +66,11 @@ def fusion(figures):
     for method, one in found["methods"].items():
         shown = f"**{method}**" if method == found["method"] else method
         rows.append((shown, f"{one['validation']:.3f}", told(one["test"])))
-    last = f"\nThe released one over {found['best_single']} alone: {told(found['over_best_single'], '+.4f')}.\n"
+    last = f"\n\nThe released one over {found['best_single']} alone: {told(found['over_best_single'], '+.4f')}."
     return table(("source or method", "validation", "test"), rows) + last
 
 
 def test_the_tables_are_the_committed_releases(figures):
     """Compare the tables; `make docs` writes them anew."""
     tables = {make.__name__: make(figures) for make in (baselines, kinds, queries, fusion)}
-    text = PAGE.read_text(encoding="utf-8")
-    assert {found[2] for found in MADE.finditer(text)} == tables.keys()
-    wanted = MADE.sub(lambda found: found[1] + tables[found[2]] + found[3], text)
-    if os.environ.get("SHIPYARD_UPDATE_DOCS") == "1":
-        PAGE.write_text(wanted, encoding="utf-8")
-        text = wanted
-    assert text == wanted, "another release is named; make docs"
+    check_tables(PAGE, tables)

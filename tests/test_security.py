@@ -1,12 +1,11 @@
 """docs/security.md: its tables are those of the templates, each of its claims has a test, and no role reaches more."""
 
 import copy
-import os
 import re
 
 import pytest
 from aws_cdk.assertions import Template
-from conftest import ROOT
+from conftest import ROOT, check_tables
 
 from infra.reach import READS, WRITES, role_table, roles, way_table, ways
 from infra.tables import listed
@@ -16,7 +15,6 @@ from tests.test_policies import JOB
 from tests.test_stacks import ORDER
 
 PAGE = ROOT / "docs" / "security.md"
-MADE = re.compile(r"(<!-- made: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 CLAIM = re.compile(r"^\|.*\| (`tests/.*`) \|$", re.MULTILINE)
 HEAD = re.compile(r"^\| ([^|]+?) \|.*\| test \|$", re.MULTILINE)
 
@@ -62,13 +60,7 @@ def made(templates):
 def test_tables_of_the_page_are_those_of_the_templates(templates):
     """Compare the tables; `make docs` writes them anew."""
     tables = {"roles": role_table(templates), "ways": way_table(templates)}
-    text = PAGE.read_text(encoding="utf-8")
-    assert {found[2] for found in MADE.finditer(text)} == tables.keys()
-    wanted = MADE.sub(lambda found: found[1] + tables[found[2]] + found[3], text)
-    if os.environ.get("SHIPYARD_UPDATE_DOCS") == "1":
-        PAGE.write_text(wanted, encoding="utf-8")
-        text = wanted
-    assert text == wanted, "the stacks changed; if they should have: make docs"
+    check_tables(PAGE, tables)
 
 
 def test_every_claim_of_the_page_has_its_test():

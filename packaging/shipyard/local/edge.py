@@ -68,33 +68,19 @@ class ComponentVersion(Recorded):
         told = {"ComponentName": recipe["ComponentName"], "ComponentVersion": recipe["ComponentVersion"]}
         return told.get(attribute) or super().get_cfn_attribute(attribute)
 
-    @classmethod
-    def create_from_cloudformation_json(
-        cls, resource_name: str, cloudformation_json: dict[str, Any], account_id: str, region_name: str, **kwargs: Any
-    ) -> Recorded:
+    def make(self) -> None:
         """Make it at the account's endpoint."""
-        made = super().create_from_cloudformation_json(
-            resource_name, cloudformation_json, account_id, region_name, **kwargs
-        )
-        _ask(account_id, lambda endpoint: endpoint.CreateComponentVersion(made.properties["InlineRecipe"]))
-        return made
+        _ask(self.account, lambda endpoint: endpoint.CreateComponentVersion(self.properties["InlineRecipe"]))
 
 
 class Deployment(Recorded):
     """A deployment to a thing group."""
 
-    @classmethod
-    def create_from_cloudformation_json(
-        cls, resource_name: str, cloudformation_json: dict[str, Any], account_id: str, region_name: str, **kwargs: Any
-    ) -> Recorded:
+    def make(self) -> None:
         """Make it at the account's endpoint."""
-        made = super().create_from_cloudformation_json(
-            resource_name, cloudformation_json, account_id, region_name, **kwargs
-        )
-        told = dict(made.properties)
+        told = dict(self.properties)
         components = {name: _lowered(entry) for name, entry in told.pop("Components").items()}
-        _ask(account_id, lambda endpoint: endpoint.CreateDeployment(components=components, **_lowered(told)))
-        return made
+        _ask(self.account, lambda endpoint: endpoint.CreateDeployment(components=components, **_lowered(told)))
 
 
 class ThingGroup(Recorded):
@@ -106,16 +92,9 @@ class ThingGroup(Recorded):
         name: str = self.properties["ThingGroupName"]
         return name
 
-    @classmethod
-    def create_from_cloudformation_json(
-        cls, resource_name: str, cloudformation_json: dict[str, Any], account_id: str, region_name: str, **kwargs: Any
-    ) -> Recorded:
+    def make(self) -> None:
         """Make a group of moto's."""
-        made = super().create_from_cloudformation_json(
-            resource_name, cloudformation_json, account_id, region_name, **kwargs
-        )
-        iot_backends[account_id][region_name].create_thing_group(made.physical_resource_id, "", {})
-        return made
+        iot_backends[self.account][self.region].create_thing_group(self.physical_resource_id, "", {})
 
     def get_cfn_attribute(self, attribute: str) -> str:
         """Return its ARN."""

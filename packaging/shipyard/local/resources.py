@@ -29,10 +29,15 @@ class Recorded(CloudFormationModel):
     def create_from_cloudformation_json(
         cls, resource_name: str, cloudformation_json: dict[str, Any], account_id: str, region_name: str, **kwargs: Any
     ) -> "Recorded":
-        """Record a resource."""
-        return cls(
+        """Record a resource, and make it."""
+        made = cls(
             kwargs["ResourceType"], resource_name, cloudformation_json.get("Properties", {}), account_id, region_name
         )
+        made.make()
+        return made
+
+    def make(self) -> None:
+        """Do what a resource of its kind does elsewhere once it is made; of itself nothing."""
 
     @classmethod
     def update_from_cloudformation_json(
@@ -63,19 +68,13 @@ class FeedbackStream(Recorded):
         name: str = self.properties["DeliveryStreamName"]
         return name
 
-    @classmethod
-    def create_from_cloudformation_json(
-        cls, resource_name: str, cloudformation_json: dict[str, Any], account_id: str, region_name: str, **kwargs: Any
-    ) -> "Recorded":
+    def make(self) -> None:
         """Make a stream of moto's."""
-        made = super().create_from_cloudformation_json(
-            resource_name, cloudformation_json, account_id, region_name, **kwargs
-        )
-        told = made.properties["ExtendedS3DestinationConfiguration"]
-        firehose_backends[account_id][region_name].create_delivery_stream(
-            region=region_name,
-            delivery_stream_name=made.physical_resource_id,
-            delivery_stream_type=made.properties["DeliveryStreamType"],
+        told = self.properties["ExtendedS3DestinationConfiguration"]
+        firehose_backends[self.account][self.region].create_delivery_stream(
+            region=self.region,
+            delivery_stream_name=self.physical_resource_id,
+            delivery_stream_type=self.properties["DeliveryStreamType"],
             kinesis_stream_source_configuration={},
             delivery_stream_encryption_configuration_input={},
             s3_destination_configuration={},
@@ -89,7 +88,6 @@ class FeedbackStream(Recorded):
             iceberg_destination_configuration={},
             tags=[],
         )
-        return made
 
     def delete(self, account_id: str, region_name: str) -> None:
         """Remove moto's stream."""
