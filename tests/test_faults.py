@@ -31,7 +31,7 @@ SLOW = 2.0
 
 
 class Proxy:
-    """Pass bytes on to a port; `mode` "slow" holds answers back, "some" each 20th, "corrupt" turns a bit of their bodies."""
+    """Pass bytes on to a port; `mode` "slow" holds answers back, "some" each 40th, "corrupt" turns a bit of their bodies."""
 
     def __init__(self, port):
         self.mode, self._port, self._passed = "pass", port, itertools.count(1)
@@ -58,7 +58,9 @@ class Proxy:
     def _back(self, target, client):
         with contextlib.suppress(OSError):
             while data := target.recv(65536):
-                if self.mode == "slow" or (self.mode == "some" and next(self._passed) % 20 == 0):
+                # head and body of an answer may come apart, and it is the answer that is held back
+                begins = self.mode == "some" and data.startswith(b"HTTP/")
+                if self.mode == "slow" or (begins and next(self._passed) % 40 == 0):
                     time.sleep(SLOW)
                 body = data.find(b"\r\n\r\n") + 4
                 if self.mode == "corrupt" and body < len(data):
@@ -198,14 +200,18 @@ def faulty(tmp_path_factory):
 
 # first, while the gateway has learned nothing of faults
 def test_a_target_of_which_some_answers_are_slow_is_asked_twice_and_counted_once(faulty):
+    answers, won = [], []
     with faulty.broken("search", "some"):
-        answers = [faulty.ask(k % len(faulty.asked)) for k in range(120)]
-    told = [answer["targets"]["search"] for _, answer, _ in answers]
-    assert {status for status, *_ in answers} == {200}
-    assert not any(faulty.wrong(k % len(faulty.asked), answer) for k, (_, answer, _) in enumerate(answers))
-    won = [one for one in told if one.get("hedge") == "won"]
-    # each of them would have been late: what is held back is held longer than the deadline
-    assert len(won) >= 2 and {one["state"] for one in won} == {"spoke"}
+        # on a busy machine answers that nobody holds back may take the budget before the one that is held
+        for k in itertools.cycle(range(len(faulty.asked))):
+            answers.append((k, *faulty.ask(k)))
+            told = answers[-1][2]["targets"]["search"]
+            won += [told] if told.get("hedge") == "won" else []
+            if len(won) >= 3 or len(answers) >= 1000:
+                break
+    assert {status for _, status, *_ in answers} == {200}
+    assert not any(faulty.wrong(k, answer) for k, _, answer, _ in answers)
+    assert len(won) >= 3 and {one["state"] for one in won} == {"spoke"}
     with urllib.request.urlopen(f"{faulty.fleet.url}/metrics", timeout=10) as page:
         metrics = dict(line.rsplit(" ", 1) for line in page.read().decode().splitlines() if line[0] != "#")
     assert float(metrics['target_hedges_total{outcome="won",target="search"}']) >= len(won)
@@ -213,7 +219,7 @@ def test_a_target_of_which_some_answers_are_slow_is_asked_twice_and_counted_once
     # one request is one impression, with what was answered
     lines = [line for path in (faulty.folder / "own" / "feedback").glob("*.jsonl") for line in path.open()]
     seen = [record["request_id"] for record in map(json.loads, lines)]
-    assert {answer["request_id"] for _, answer, _ in answers} <= set(seen)
+    assert {answer["request_id"] for *_, answer, _ in answers} <= set(seen)
     assert len(seen) == len(set(seen))
 
 
