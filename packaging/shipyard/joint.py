@@ -315,7 +315,8 @@ def train_joint(
         training = Training(
             "joint", joint, by_rate(joint, RATES, RATE), profile.joint_steps, loss_of,
             lambda: sum(weights[name] * loss for name, loss in validation().items()),
-            every=max(1, profile.joint_steps // 10),
+            # an early stop gives away the slow end of the schedule: validation rises for a while before that
+            every=max(1, profile.joint_steps // 10), patience=profile.joint_steps,
         )  # fmt: skip
         record = training.run(out, progress)
     with torch.inference_mode():
