@@ -5,6 +5,7 @@ may be asked for it a second time; the first valid answer counts.
 """
 
 import asyncio
+import bisect
 import dataclasses
 import math
 import time
@@ -87,14 +88,15 @@ class Hedge:
     ) -> None:  # fmt: skip
         self._share, self._quantile, self._kept, self._clock = share, quantile, kept, clock
         self._earned, self._calm_until = 0.0, -math.inf
-        self._times: deque[float] = deque(maxlen=WINDOW)
+        self._times: deque[float] = deque()
+        self._ordered: list[float] = []
 
     @property
     def delay(self) -> float:
         """Seconds after which a question is asked again; infinite until enough times are known."""
         if len(self._times) < LEAST_TIMES:
             return math.inf
-        return max(LEAST_DELAY, sorted(self._times)[math.ceil(self._quantile * len(self._times)) - 1])
+        return max(LEAST_DELAY, self._ordered[math.ceil(self._quantile * len(self._times)) - 1])
 
     def earn(self) -> None:
         """Count a question."""
@@ -114,7 +116,10 @@ class Hedge:
         Where the second call won, the first would have taken longer than that; it is above the delay all the same, so the
         quantile stays where it is.
         """
+        if len(self._times) == WINDOW:
+            self._ordered.pop(bisect.bisect_left(self._ordered, self._times.popleft()))
         self._times.append(seconds)
+        bisect.insort(self._ordered, seconds)
 
     def calm(self) -> None:
         """Ask nothing twice for a while: the target has more to do than it can."""
