@@ -143,13 +143,14 @@ def test_future_does_not_reach_the_past(own: Path, tmp_path: Path, since: str, f
 
 def test_future_of_the_sample_does_not_reach_its_past(promotions: Path, tmp_path: Path) -> None:
     source = tmp_path / "transactions.parquet"
+    # the sample's days begin at midnight in New York, in November at 5:00 UTC
     duckdb.sql(f"""
         COPY (SELECT * REPLACE (
-                CASE WHEN transaction_timestamp >= '{VALID} 04:00' THEN 1082185 ELSE product_id END AS product_id,
-                CASE WHEN transaction_timestamp >= '{VALID} 04:00' THEN 1 ELSE store_id END AS store_id,
-                CASE WHEN transaction_timestamp >= '{VALID} 04:00' THEN 5000 ELSE sales_value END AS sales_value)
+                CASE WHEN transaction_timestamp >= '{VALID} 05:00' THEN 1082185 ELSE product_id END AS product_id,
+                CASE WHEN transaction_timestamp >= '{VALID} 05:00' THEN 1 ELSE store_id END AS store_id,
+                CASE WHEN transaction_timestamp >= '{VALID} 05:00' THEN 5000 ELSE sales_value END AS sales_value)
               FROM '{JOURNEY["transactions"]}'
-              WHERE transaction_timestamp < '{VALID} 04:00' OR household_id % 3 <> 0)
+              WHERE transaction_timestamp < '{VALID} 05:00' OR household_id % 3 <> 0)
         TO '{source}' (FORMAT parquet)""")
     before = data(CONFIG, HOUSEHOLDS, tmp_path, files={"promotions": promotions})["digests"]
     after = data(CONFIG, HOUSEHOLDS, tmp_path, files={"promotions": promotions, "transactions": source})["digests"]
@@ -241,7 +242,7 @@ SMALL = {
     "a,1,2017-01-05 10:00,purchase,1,2,north,k\na,1,2017-01-05 10:00,purchase,2,4.5,north,k\n"
     "a,1,2017-01-05 10:01,view,,,north,k\nb,2,2017-02-01,purchase,-1,-3,,\nb,2,2017-02-01,purchase,0,3,,\n"
     "b,2,2017-02-01,purchase,,,south,\nb,3,2017-02-02 12:00,cart,,0,,\nb,9,2017-02-02,cart,,,,\n"
-    "a,2,2017-10-09,purchase,5000,1e6,north,k\nc,1,2017-12-01,click,,,,\nc,4,2017-12-01,search,,,east,\n",
+    "a,2,2017-11-09,purchase,5000,1e6,north,k\nc,1,2017-12-01,click,,,,\nc,4,2017-12-01,search,,,east,\n",
     "market": "item,place,from,until,display,mailer,discount\n1,north,2017-01-02,2017-01-09,1,,\n"
     "1,north,2017-01-02,2017-01-09,0.5,0.25,\n1,,2017-01-02,2017-01-09,,,0.1\n2,east,2017-02-01,2017-02-08,1,,\n"
     "2,,2017-02-01,2017-02-08,0,,\n9,,2017-12-01,2017-12-08,1,,\n1,east,2017-12-01,2017-12-08,1,,\n",

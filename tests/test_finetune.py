@@ -42,7 +42,9 @@ def behaviour(small: Made):
 def test_every_method_trains_the_tower(behaviour, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tower_module, "HELD_PAIRS", 24)  # validation would take longer than the training
     config = FLEET.finetune.model_copy(update={"method": method, "rank": 4})
-    profile = FLEET.profile["small"].model_copy(update={"tower_steps": 10, "tower_batch": 8})
+    # the allocator of AdaLoRA begins to prune after a while
+    steps = 24 if method == "adalora" else 10
+    profile = FLEET.profile["small"].model_copy(update={"tower_steps": steps, "tower_batch": 8})
     tower, tokenizer = trunk.load_tower(base_folder(FLEET))
     texts = behaviour.texts[:16]
     before = encode(tower, tokenizer, texts, quiet, "")
@@ -50,7 +52,7 @@ def test_every_method_trains_the_tower(behaviour, method: str, tmp_path: Path, m
     said = train_tower(tower, tokenizer, behaviour, config, profile, tmp_path, quiet)
     after = encode(tower, tokenizer, texts, quiet, "")
     assert said["weights_moved"] > 0
-    assert said["steps"] == said["steps_most"] == 10
+    assert said["steps"] == said["steps_most"] == steps
     assert said["validation_after"] < said["validation_before"]
     assert (after - before).norm(dim=1).min() > 1e-4
     assert set(tower.state_dict()) == set(kept), "an adapter must be merged away"

@@ -12,6 +12,7 @@ from conftest import ROOT, Made, shipyard
 from safetensors.torch import load_file
 
 from models.behaviour import TRAIN, load_behaviour
+from models.config import load_fleet
 from serve.errors import ShipyardError
 from shipyard import weekly
 from shipyard.bundle import write_zip
@@ -90,7 +91,8 @@ def test_without_a_later_basket_nothing_is_updated(small: Made, tmp_path: Path) 
 
 
 def test_the_same_days_are_no_update(tmp_path: Path) -> None:
-    done = shipyard("warm", "--profile", "small", "--build", tmp_path, "--from", tmp_path / "small-2017-10-08")
+    same = tmp_path / f"small-{load_fleet(ROOT / 'fleet.toml').data.valid_from}"
+    done = shipyard("warm", "--profile", "small", "--build", tmp_path, "--from", same)
     assert done.returncode == 1 and "--from: the model of these very days" in done.stderr
     done = shipyard("warm", "--profile", "small", "--build", tmp_path, "--from", tmp_path / "none")
     assert (
