@@ -276,7 +276,7 @@ def test_cleaning_of_each_kind(tmp_path: Path) -> None:
         (1, 2, 3, 32.5, 1, 1, 0, -1),
     ]
     # the bounds are ten times what the train period has; the basket that goes on is another one
-    assert rows(tmp_path, events + "'{path}/validation.parquet'") == [(0, 3, 2, 281, 0, 20, 45, 0)]
+    assert rows(tmp_path, events + "'{path}/validation.parquet'") == [(0, 3, 2, 312, 0, 20, 45, 0)]
     assert rows(tmp_path, events + "'{path}/test.parquet'") == [
         (2, 4, 1, 334, 2, 1, None, -1),
         (2, 4, 4, 334, 4, 1, None, 2),
