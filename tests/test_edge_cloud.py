@@ -47,8 +47,8 @@ class Made:
         path = max(RELEASES.glob("0.1.0-g*.json"), key=lambda p: p.stat().st_size)
         self.template = read_release(path, keys)
 
-    def release(self, number):
-        """A release that differs from others in its model by a tenth."""
+    def release(self, number, runtime="1.0.5"):
+        """A release that differs from others in its model by a tenth, and in its runtime where that is said."""
         tree = self.root / f"tree-{number}"
         if not tree.exists():
             tree.mkdir(parents=True)
@@ -58,13 +58,15 @@ class Made:
             files = [{"path": "model.onnx", "sha256": sha256_file(tree / "model.onnx"), "bytes": len(shared + own)}]
             (tree / MANIFEST).write_text(json.dumps({"name": NAME, "files": files}))
         model = self.artifact(NAME, "edge_recommend", "greengrass-model", tree, (f"{NAME}.zip",))
-        code = self.root / "code"
-        code.mkdir(exist_ok=True)
-        (code / "run.sh").write_text("exec true\n")
-        runtime = self.artifact("edge-runtime", None, "greengrass-runtime", code, (
+        folder = self.root / "code"
+        folder.mkdir(exist_ok=True)
+        (folder / "run.sh").write_text("exec true\n")
+        code = self.artifact("edge-runtime", None, "greengrass-runtime", folder, (
             "edge-runtime-aarch64.zip", "edge-runtime-amd64.zip",
         ))  # fmt: skip
-        return self.template.model_copy(update={"version": f"0.1.0-g{number:012x}", "artifacts": (model, runtime)})
+        code.template["recipe"] = recipe.runtime_recipe(runtime, f"s3://@BUCKET@/{code.key}", (NAME,))
+        version = f"0.1.0-g{number:010x}{int(runtime[-1]):02x}"
+        return self.template.model_copy(update={"version": version, "artifacts": (model, code)})
 
     def artifact(self, name, submodel, kind, tree, archives):
         staged = self.root / f"staged-{tree.name}"
@@ -85,7 +87,7 @@ class Made:
             words = f"{recipe.model_component(name)}/{version}/{name}/@ATTESTATION@"
             template = {"recipe": recipe.model_recipe(name, version, f"{prefix}{name}.zip"), "model": words}
         else:
-            template = {"recipe": recipe.runtime_recipe("1.0.5", prefix, (NAME,))}
+            template = {}
         manifest = sha256_file(tree / MANIFEST) if submodel else "0" * 64
         base = self.template.artifacts[0]
         return base.model_copy(update={
@@ -152,12 +154,13 @@ class Aws:
             canary=canary, wait=wait, pause=0,
         )  # fmt: skip
 
-    def device(self, thing, *, fault="", echo=True, learned=None):
+    def device(self, thing, *, fault="", echo=True, learned=None, runtime="1.0.5"):
         """Do what a device does: serve what it was told, or say why not."""
         told = devices.look(self.clients, thing).told
         text = json.loads(self.clients.shadows.get_thing_shadow(thingName=thing, shadowName=SHADOW)["payload"].read())
         models = {name: wanted.manifest for name, wanted in told.models.items()}
         report = {
+            "runtime": runtime,
             "generation": told.generation,
             "phase": "failed" if fault else "serving",
             "models": models,
@@ -309,6 +312,48 @@ def test_a_rollout_ends_where_canaries_fail_and_a_rollback_brings_them_back(aws)
     assert back.generation == said["generation"] > 2 and back.models[NAME].manifest == one.artifacts[0].manifest
     aws.canaries()
     assert devices.status(aws.clients, ENV.edge)["canary"]["devices"]["in step"] == 2
+
+
+def test_a_release_of_another_runtime_alone_waits_until_the_canaries_run_it(aws):
+    one, two = aws.made.release(1), aws.made.release(1, runtime="1.0.6")
+    aws.publish(one)
+    with pytest.raises(ShipyardError):
+        aws.rollout(one)
+    aws.canaries()
+    aws.rollout(one)
+    aws.publish(two)
+    # the models are the same, so the devices are told nothing, and what they have said is of the runtime before
+    with pytest.raises(ShipyardError, match=r"canaries did not come in step; .*value: '0 of 2 in 0 s'"):
+        aws.rollout(two)
+    fleet = [d for d in aws.endpoint.deployments.values() if d["targetArn"].endswith(f"/{ENV.edge.thing_group}")]
+    assert [d["components"]["shipyard.edge-runtime"]["componentVersion"] for d in fleet] == ["1.0.5"]
+    # a device says the version that its component's script was given, which is the component's own
+    [artifact] = two.of("greengrass-runtime")
+    start = artifact.template["recipe"]["Manifests"][0]["Lifecycle"]["startup"]["Script"]
+    aws.canaries(runtime=start.split()[-2].strip('"'))
+    said = aws.rollout(two)
+    assert said["fleet"]["deployment"] and said["fleet"]["told"] == 0
+
+
+def test_a_rollout_without_a_canary_is_refused_and_the_way_back_is_not(aws):
+    found, group = aws.made.release(1), f"{ENV.edge.thing_group}-canary"
+    aws.publish(found)
+    for thing in devices.things(aws.clients, group):
+        aws.clients.iot.remove_thing_from_thing_group(thingGroupName=group, thingName=thing)
+    with pytest.raises(ShipyardError, match=rf"no canary .* 3 devices .*value: 'no device in {group}'; .*mend: move"):
+        aws.rollout(found)
+    assert aws.endpoint.deployments == {}
+    assert aws.rollout(found, canary=False)["fleet"]["told"] == 3
+
+
+def test_a_shadow_that_cannot_be_read_is_told_in_one_line():
+    config = Config(connect_timeout=0.1, retries={"total_max_attempts": 1})
+    shadows = boto3.client(
+        "iot-data", region_name=ENV.region, endpoint_url="http://127.0.0.1:9", config=config,
+        aws_access_key_id="test", aws_secret_access_key="test",
+    )  # fmt: skip
+    with pytest.raises(ShipyardError, match=r"^edge: thing-1: .*127\.0\.0\.1:9.*mend: check the region"):
+        devices.look_all(Clients(None, None, shadows), ["thing-1"])
 
 
 def test_status_tells_who_is_behind_and_who_is_silent(aws, monkeypatch):

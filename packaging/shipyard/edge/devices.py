@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from botocore.exceptions import ClientError
+from botocore.exceptions import BotoCoreError, ClientError
 
 from models.config import EdgeSettings
 from serve.errors import ShipyardError
 from serve.greengrass.telemetry import total
 from serve.greengrass.words import SHADOW, Told, read_told
-from shipyard.edge.components import call
+from shipyard.edge.components import MEND, call
 
 Standing = Literal["in step", "behind", "silent", "failed"]
 AT_ONCE = 16
@@ -67,14 +67,17 @@ def things(clients: Clients, group: str) -> list[str]:
 
 
 def look(clients: Clients, thing: str) -> Seen:
-    """Read a device's shadow."""
+    """Read a device's shadow.
+
+    Raises:
+        ShipyardError: AWS refuses, or does not answer.
+    """
     try:
-        answer = clients.shadows.get_thing_shadow(thingName=thing, shadowName=SHADOW)
-    except ClientError as fault:
-        if fault.response["Error"]["Code"] != "ResourceNotFoundException":
-            raise ShipyardError(f"edge: {thing}: {fault}") from None
-        return Seen(thing, None, False, {}, float("inf"))
-    document = json.loads(answer["payload"].read())
+        document = json.loads(clients.shadows.get_thing_shadow(thingName=thing, shadowName=SHADOW)["payload"].read())
+    except (ClientError, BotoCoreError) as fault:
+        if isinstance(fault, ClientError) and fault.response["Error"]["Code"] == "ResourceNotFoundException":
+            return Seen(thing, None, False, {}, float("inf"))
+        raise ShipyardError(f"edge: {thing}: {fault}", mend=MEND) from None
     desired = document["state"].get("desired", {}).get("told")
     reported = document["state"].get("reported", {})
     stamped = document.get("metadata", {}).get("reported", {}).get("report", {}).get("timestamp", 0)

@@ -103,39 +103,55 @@ def rollout(
 ) -> dict[str, Any]:  # fmt: skip
     """Bring a release to the canary group, wait for its devices' own word, then bring it to the fleet.
 
-    Without `canary` both follow at once, as a rollback wants it. The same release twice does nothing.
+    Each canary has to serve the release's models by the release's runtime. Without `canary` both groups follow at once, as a
+    rollback wants it. The same release twice does nothing.
 
     Returns:
         Deployments made and devices told, by group.
 
     Raises:
-        ShipyardError: more devices failed than `abort_percent` allows, or the canaries did not answer in `wait` seconds.
+        ShipyardError: more devices failed than `abort_percent` allows, the canaries did not answer in `wait` seconds, or
+            there is no canary to ask.
     """
     made: dict[str, Any] = {}
     components = deployment(found, settings, trusted_key)
-    seen = {group: look_all(clients, things(clients, group)) for group in groups(settings).values()}
+    seen = {label: look_all(clients, things(clients, group)) for label, group in groups(settings).items()}
+    if canary and seen["fleet"] and not seen["canary"]:
+        raise ShipyardError(
+            f"edge: no canary would try the release before the {len(seen['fleet'])} devices of the fleet",
+            value=f"no device in {groups(settings)['canary']}", allowed="one or more",
+            mend=f"move a device there from {settings.thing_group}",
+        )  # fmt: skip
     told = [device.told.generation for devices in seen.values() for device in devices if device.told is not None]
     generation = max([0, *told]) + 1
     for label, group in groups(settings).items():
         arn = f"arn:aws:iot:{region}:{account}:thinggroup/{group}"
         identifier = deploy(clients, arn, f"{group} {found.version}", components, settings)
-        count = sum(tell(clients, device, found, generation, deltas) for device in seen[group])
+        count = sum(tell(clients, device, found, generation, deltas) for device in seen[label])
         made[label] = {"deployment": identifier, "told": count}
         said(f"{label}: {'a new deployment' if identifier else 'no new deployment'}, {count} devices told")
         if label == "canary" and canary:
-            _judge(clients, [device.thing for device in seen[group]], settings, identifier, said, wait, pause)
+            names = [device.thing for device in seen[label]]
+            _judge(clients, names, _runtime(found), settings, identifier, said, wait, pause)
     return {"version": found.version, "generation": generation, **made}
 
 
+def _runtime(found: Release) -> str | None:
+    """Return the version of a release's runtime, which a device reports as it is in the recipe; None where it has none."""
+    return next((component(artifact)[1] for artifact in found.of("greengrass-runtime")), None)
+
+
 def _judge(
-    clients: Clients, names: list[str], settings: EdgeSettings, identifier: str | None, said: Callable[[str], None],
-    wait: float, pause: float,
+    clients: Clients, names: list[str], runtime: str | None, settings: EdgeSettings, identifier: str | None,
+    said: Callable[[str], None], wait: float, pause: float,
 ) -> None:  # fmt: skip
-    """Wait until every canary serves what is wanted; end the deployment where too many say that they cannot."""
+    """Wait until every canary serves what is wanted by `runtime`; end the deployment where too many say that they cannot."""
     until = time.monotonic() + wait
     while True:
-        standings = [device.standing for device in look_all(clients, names)]
-        failed, good = standings.count("failed"), standings.count("in step")
+        seen = look_all(clients, names)
+        failed = sum(device.standing == "failed" for device in seen)
+        # models alone do not tell whether a device runs the new code: a release may bring nothing else
+        good = sum(device.standing == "in step" and runtime in (None, device.report.get("runtime")) for device in seen)
         if names and 100 * failed / len(names) >= settings.abort_percent:
             what, value = "canaries failed", f"{failed} of {len(names)}"
             break

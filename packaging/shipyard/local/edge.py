@@ -1,6 +1,7 @@
 """The edge of the local cloud: Greengrass as CloudFormation and a client use it, and devices that do as they are told.
 
-A device is a shadow that echoes: it says at once that it serves what it was told. tests/test_edge_sync.py runs real ones.
+A device is a shadow that echoes: it says at once that it serves what it was told, by the runtime of its group's latest
+deployment. tests/test_edge_sync.py runs real ones.
 """
 
 import json
@@ -12,6 +13,7 @@ from moto.iot.models import iot_backends
 from moto.iotdata.models import IoTDataPlaneBackend
 from moto.s3.models import s3_backends
 
+from serve.greengrass.recipe import RUNTIME_COMPONENT
 from serve.greengrass.words import SHADOW
 from shipyard.local.faults import FAULTS
 from shipyard.local.greengrass import Endpoint, Refused
@@ -114,6 +116,15 @@ TYPES: Mapping[str, Any] = {
 }
 """What CloudFormation makes of a template's resource; replaced on every change, as there."""
 
+
+def _runtime(account: str, thing: str) -> str | None:
+    """Return the version of the runtime that was last deployed to the group of a device, which is called GROUP-NUMBER."""
+    target = f":thinggroup/{thing.rpartition('-')[0]}"
+    found = [d["components"] for d in ENDPOINTS[account].deployments.values() if d["targetArn"].endswith(target)]
+    version: str | None = found[-1].get(RUNTIME_COMPONENT, {}).get("componentVersion") if found else None
+    return version
+
+
 _update_shadow = IoTDataPlaneBackend.update_thing_shadow
 
 
@@ -124,8 +135,8 @@ def update_shadow(self: Any, thing_name: str, payload: Any, shadow_name: str | N
     if shadow_name != SHADOW or told is None:
         return made
     models = {name: pointer["manifest"] for name, pointer in json.loads(told)["models"].items()}
-    report = {"phase": "serving", "models": models, "fault": ""}
+    report = {"runtime": _runtime(self.account_id, thing_name), "phase": "serving", "models": models, "fault": ""}
     if FAULTS.take(f"devices {self.account_id}") is not None:
-        report = {"phase": "failed", "models": {}, "fault": "a fault of the rehearsal"}
+        report |= {"phase": "failed", "models": {}, "fault": "a fault of the rehearsal"}
     reported = {"state": {"reported": {"told": told, "report": json.dumps(report)}}}
     return _update_shadow(self, thing_name, json.dumps(reported), shadow_name)
