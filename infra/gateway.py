@@ -176,13 +176,21 @@ class GatewayStack(cdk.Stack):
     def _filter(self, settings: GatewaySettings, cpu: CpuStack) -> None:
         """Put a web application firewall before the load balancer: an HTTP API takes none itself."""
 
-        def managed(name: str, priority: int) -> waf.CfnWebACL.RuleProperty:
+        def managed(name: str, priority: int, *counted: str) -> waf.CfnWebACL.RuleProperty:
             return waf.CfnWebACL.RuleProperty(
                 name=name,
                 priority=priority,
                 statement=waf.CfnWebACL.StatementProperty(
                     managed_rule_group_statement=waf.CfnWebACL.ManagedRuleGroupStatementProperty(
-                        vendor_name="AWS", name=name
+                        vendor_name="AWS",
+                        name=name,
+                        rule_action_overrides=[
+                            waf.CfnWebACL.RuleActionOverrideProperty(
+                                name=rule, action_to_use=waf.CfnWebACL.RuleActionProperty(count={})
+                            )
+                            for rule in counted
+                        ]
+                        or None,
                     )
                 ),
                 override_action=waf.CfnWebACL.OverrideActionProperty(none={}),
@@ -196,7 +204,8 @@ class GatewayStack(cdk.Stack):
             default_action=waf.CfnWebACL.DefaultActionProperty(allow={}),
             visibility_config=_visible("filter"),
             rules=[
-                managed("AWSManagedRulesCommonRuleSet", 1),
+                # it would refuse bodies of more than 8 KB, and a long history is one; the servers bound the body themselves
+                managed("AWSManagedRulesCommonRuleSet", 1, "SizeRestrictions_BODY"),
                 managed("AWSManagedRulesKnownBadInputsRuleSet", 2),
             ],
         )
