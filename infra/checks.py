@@ -138,7 +138,8 @@ def _check_cpu(where: str, env: Environment) -> None:
         )
     sized = [("gateway", env.gateway.cpu, env.gateway.memory_mib)]
     sized += [(f"cpu.job.{name}", job.cpu, job.memory_mib) for name, job in cpu.job.items()]
-    if cpu.instance_type is None:
+    # scoring runs on Fargate, whatever the services run on
+    if cpu.instance_type is None or cpu.score_at is not None:
         sized.append(("cpu", cpu.cpu, cpu.memory_mib))
     for key, units, memory in sized:
         sizes = FARGATE_MEMORY[units]

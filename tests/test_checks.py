@@ -54,6 +54,10 @@ FAULTS = {
         {"cpu": {"cpu": 256, "memory_mib": 1536}},
         r"cpu.memory_mib: not a size of Fargate for 256 CPU units; value: 1536; allowed: 512, 1024, 2048 ... 2048",
     ),
+    "scoring of a size that Fargate has not, beside services on machines": (
+        {"cpu": {"cpu": 256, "memory_mib": 1536, "instance_type": "c8g.large", "score_at": "cron(0 4 * * ? *)"}},
+        "cpu.memory_mib: not a size of Fargate for 256 CPU units; value: 1536",
+    ),
     "job of a size that Fargate has not": (
         {"cpu": {"job": {"update": JOB | {"memory_mib": 8192}}}},
         "cpu.job.update.memory_mib: not a size of Fargate for 512 CPU units; value: 8192",
