@@ -143,7 +143,7 @@ def _making(add: Add, sizes: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FOLDER",
-        help="build folder of the earlier model: build/quick, or build/quick-2017-10-15",
+        help="build folder of the earlier model: build/quick, or build/quick-2017-11-13",
     )
     warming.add_argument("--steps", type=int, default=STEPS, help=f"optimiser steps, at most (default: {STEPS})")
     warming.add_argument("--often", type=int, default=OFTEN, help="purchases in the new days from which on a row learns "
