@@ -100,7 +100,17 @@ def test_a_key_of_another_kind_is_refused(kms, tmp_path, spec, usage):
     assert "ECC_NIST_P256" in str(fault.value)
 
 
-@pytest.mark.parametrize("name", ["alias/none", "12345678-1234-1234-1234-123456789012"])
+def test_an_arn_is_looked_up_in_its_own_region(kms, tmp_path):
+    there = boto3.client("kms", region_name="eu-west-1")
+    made = there.create_key(KeySpec="ECC_NIST_P256", KeyUsage="SIGN_VERIFY")["KeyMetadata"]
+    key = open_key(f"kms:{made['Arn']}", tmp_path / "none")
+    key.public.verify(key.sign(b"text"), b"text", ec.ECDSA(hashes.SHA256()))
+    # an id is of the region of the surroundings, where there is no such key
+    with pytest.raises(ShipyardError, match="NotFoundException"):
+        open_key(f"kms:{made['KeyId']}", tmp_path / "none")
+
+
+@pytest.mark.parametrize("name", ["arn:aws", "alias/none", "12345678-1234-1234-1234-123456789012"])
 def test_a_missing_key_is_told_in_one_line(kms, tmp_path, name):
     with pytest.raises(ShipyardError) as fault:
         open_key(f"kms:{name}", tmp_path / "none")

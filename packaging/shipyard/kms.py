@@ -45,11 +45,14 @@ class KmsKey:
 def open_key(name: str) -> KmsKey:
     """Open a key of KMS by id, ARN or alias ("alias/shipyard"), with the credentials of the surroundings.
 
+    An ARN tells the region; of an id or alias it is that of the surroundings.
+
     Raises:
         ShipyardError: KMS refuses, or the key is of another kind.
     """
+    region = name.split(":", 4)[3:4] if name.startswith("arn:") else []
     try:
-        client = boto3.client("kms")
+        client = boto3.client("kms", region_name=region[0] if region else None)
     except BotoCoreError as fault:
         raise ShipyardError(f"--key kms:{name}: {fault}", mend="set a region and credentials") from None
     found = _ask(client, "get_public_key", name)
