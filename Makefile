@@ -12,7 +12,7 @@ BROWSER += libogg0 libopenh264-7 libopus0 libpulse0 libsndfile1 libvorbis0a libv
 export JSII_SILENCE_WARNING_END_OF_LIFE_NODE_VERSION ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help setup release report compare up down bench synth bench-synth bench-artifacts test lint broker simulate edge-lock
+.PHONY: help setup bundle release report compare up down bench synth bench-synth bench-artifacts test lint broker simulate edge-lock
 .PHONY: bench-edge clean deploy-local rehearse docs browser soak
 
 help: ## list the verbs
@@ -32,6 +32,9 @@ node_modules/.complete: package-lock.json
 
 release: setup ## the main job: data to signed release and synthesized stacks (PROFILE=quick)
 	$(SHIPYARD) release --profile $(PROFILE) $(SIGN)
+
+bundle: setup ## the part of a release that takes long and signs nothing: data to each target's artifact (PROFILE=quick)
+	$(SHIPYARD) bundle --profile $(PROFILE)
 
 report: setup ## the figures of a profile as one page, build/PROFILE/report.html (PROFILE=quick)
 	$(SHIPYARD) report --profile $(PROFILE)

@@ -14,7 +14,7 @@ from constructs import Construct
 
 from infra.checks import check, check_release
 from infra.cpu import CpuStack
-from infra.delivery import DeliveryStack, promoters
+from infra.delivery import DeliveryStack
 from infra.edge import EdgeStack
 from infra.gateway import GatewayStack
 from infra.gpu import GpuStack
@@ -23,6 +23,7 @@ from infra.network import NetworkStack
 from infra.observe import ObserveStack, Watched
 from infra.pipeline import PipelineStack
 from infra.replica import Replica, ReplicaStack
+from infra.roles import promoters
 from infra.rules import check_templates
 from infra.storage import StorageStack
 from infra.template import placeholders

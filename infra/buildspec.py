@@ -14,6 +14,8 @@ def release(env: str) -> str:
     """
     return _spec(
         [
+            # what takes hours needs no right
+            'make bundle PROFILE="$PROFILE"',
             _as("release", 'release PROFILE="$PROFILE" KEY="$SIGNING_KEY"'),
             "GITHUB_OUTPUT=.released make publish",
             'export RELEASE="$(sed -n s/^release=//p .released)"',

@@ -5,6 +5,7 @@ from aws_cdk import aws_iam as iam
 from constructs import Construct
 
 from infra.findings import WILDCARD, acknowledge
+from infra.roles import begins, builders, keys, piped
 from infra.storage import StorageStack
 from models.config import DeliverySettings, EdgeSettings, Fleet
 
@@ -15,39 +16,6 @@ REGISTER = "delivery/*"  # lock, records and state of a delivery, each written o
 DELTAS = (
     "deltas/*"  # from one model of the edge to the next; a device holds what it makes of them to the model's digest
 )
-
-
-def release_role(fleet: Fleet, name: str) -> str:
-    """Return the ARN of an environment's release role, which environments in other accounts know by its name."""
-    return f"arn:aws:iam::{fleet.env[name].account}:role/{_prefix(fleet, name)}-release"
-
-
-def promoters(fleet: Fleet, name: str) -> list[str]:
-    """Return the release roles that promote artifacts from an environment."""
-    return [
-        release_role(fleet, other)
-        for other, env in fleet.env.items()
-        if env.delivery is not None and env.delivery.promote_from == name
-    ]
-
-
-def deploy_role(fleet: Fleet, name: str) -> str:
-    """Return the ARN of an environment's deploy role."""
-    return f"arn:aws:iam::{fleet.env[name].account}:role/{_prefix(fleet, name)}-deploy"
-
-
-def build_role(fleet: Fleet, first: str, name: str) -> str:
-    """Return the ARN of the role with which the pipeline of the environment `first` works on the environment `name`."""
-    return f"arn:aws:iam::{fleet.env[first].account}:role/{_prefix(fleet, first)}-pipeline-{name.replace('_', '-')}"
-
-
-def builders(fleet: Fleet, name: str) -> list[str]:
-    """Return the roles of pipelines that release into an environment."""
-    return [
-        build_role(fleet, first, name)
-        for first, env in fleet.env.items()
-        if env.delivery is not None and env.delivery.pipeline is not None and name in fleet.way(first)
-    ]
 
 
 class DeliveryStack(cdk.Stack):
@@ -67,7 +35,7 @@ class DeliveryStack(cdk.Stack):
         super().__init__(scope, construct_id)
         provider = iam.OidcProviderNative(self, "GitHub", url=f"https://{ISSUER}", client_ids=["sts.amazonaws.com"])
         here = f"repo:{settings.repository}:environment:{name}"
-        prefix = _prefix(fleet, name)
+        prefix = begins(fleet, name)
 
         # named by a condition: a role that is not there yet cannot be a principal
         built = [
@@ -76,8 +44,9 @@ class DeliveryStack(cdk.Stack):
         ]
 
         def role(
-            construct_id: str, subject: str, statements: list[iam.PolicyStatement], what: str, *more: iam.IPrincipal
-        ) -> None:
+            construct_id: str, subject: str, statements: list[iam.PolicyStatement], what: str, *more: iam.IPrincipal,
+            hours: int = 1,
+        ) -> None:  # fmt: skip
             github = iam.WebIdentityPrincipal(
                 provider.oidc_provider_arn,
                 {"StringEquals": {f"{ISSUER}:aud": "sts.amazonaws.com", f"{ISSUER}:sub": subject}},
@@ -87,7 +56,7 @@ class DeliveryStack(cdk.Stack):
                 construct_id,
                 role_name=f"{prefix}-{construct_id.lower()}",
                 description=what,
-                max_session_duration=cdk.Duration.hours(1),
+                max_session_duration=cdk.Duration.hours(hours),
                 assumed_by=iam.CompositePrincipal(github, *more) if more else github,
                 inline_policies={construct_id.lower(): iam.PolicyDocument(statements=statements)},
             )
@@ -99,7 +68,7 @@ class DeliveryStack(cdk.Stack):
             cdk.CfnOutput(self, f"{construct_id}RoleArn", value=made.role_arn)
 
         uploads = self._upload(settings, fleet, storage)
-        role("Release", here, uploads, "Uploads artifacts, or copies those of before", *built)
+        role("Release", here, [*uploads, *_sign(fleet, name)], "Uploads artifacts, or copies those of before", *built)
         role(
             "Plan",
             f"repo:{settings.repository}:pull_request",
@@ -117,6 +86,8 @@ class DeliveryStack(cdk.Stack):
             ],
             "Deploys stacks by the roles of cdk bootstrap, rolls out to devices, and sees what is live",
             *built,
+            # a rollout waits for each place in turn, and takes its credentials once
+            hours=4,
         )
 
     def _upload(self, settings: DeliverySettings, fleet: Fleet, storage: StorageStack) -> list[iam.PolicyStatement]:
@@ -193,11 +164,15 @@ class DeliveryStack(cdk.Stack):
                 actions=["s3:GetObject"],
                 resources=[storage.bucket.arn_for_objects(path) for path in (ARTIFACTS, DELTAS, REGISTER)],
             ),
+            iam.PolicyStatement(actions=["s3:PutObject"], resources=[storage.bucket.arn_for_objects(REGISTER)]),
+            # a delta of more than 8 MiB goes up in parts
             iam.PolicyStatement(
-                actions=["s3:PutObject"],
-                resources=[storage.bucket.arn_for_objects(path) for path in (DELTAS, REGISTER)],
+                actions=["s3:AbortMultipartUpload", "s3:ListMultipartUploadParts", "s3:PutObject"],
+                resources=[storage.bucket.arn_for_objects(DELTAS)],
             ),
-            iam.PolicyStatement(actions=["s3:ListBucket"], resources=[storage.bucket.bucket_arn]),
+            iam.PolicyStatement(
+                actions=["s3:ListBucket", "s3:ListBucketMultipartUploads"], resources=[storage.bucket.bucket_arn]
+            ),
             _by_way_of_s3(storage, self.region),
         ]
 
@@ -227,13 +202,18 @@ class DeliveryStack(cdk.Stack):
         ]
 
 
+def _sign(fleet: Fleet, name: str) -> list[iam.PolicyStatement]:
+    """Return what signs with the keys that the fleet names; their own policies have to name the role besides.
+
+    A key that a variable of GitHub alone names is not known here.
+    """
+    known = sorted({arn for first in piped(fleet, name) for arn in keys(fleet, first, name).values()})
+    return [iam.PolicyStatement(actions=["kms:GetPublicKey", "kms:Sign"], resources=known)] if known else []
+
+
 def _by_way_of_s3(storage: StorageStack, region: str) -> iam.PolicyStatement:
     return iam.PolicyStatement(
         actions=["kms:Decrypt", "kms:GenerateDataKey"],
         resources=[storage.key.key_arn],
         conditions={"StringEquals": {"kms:ViaService": f"s3.{region}.amazonaws.com"}},
     )
-
-
-def _prefix(fleet: Fleet, name: str) -> str:
-    return f"{fleet.project.name}-{name.replace('_', '-')}"

@@ -11,9 +11,9 @@ from constructs import Construct
 
 from infra.build import Build, Store, use
 from infra.buildspec import deliver, release
-from infra.delivery import build_role, deploy_role, release_role
 from infra.findings import WILDCARD, acknowledge
 from infra.principals import own_service
+from infra.roles import build_role, deploy_role, keys, release_role
 from infra.storage import StorageStack
 from models.config import DeliverySettings, Fleet
 
@@ -49,10 +49,8 @@ class PipelineStack(cdk.Stack):
         projects = []
         for before, env in zip((None, *order), order, strict=False):
             first = before is None
-            keys = {"SIGNING_KEY": f"kms:{self._pipeline.signing_key}"}
-            if not first and fleet.env[env].needs_approval:
-                keys["APPROVING_KEY"] = f"kms:{self._pipeline.approving_key}"
-            spec = release(env) if first else deliver(env, str(before), approve="APPROVING_KEY" in keys)
+            signing = {variable: f"kms:{arn}" for variable, arn in keys(fleet, name, env).items()}
+            spec = release(env) if first else deliver(env, str(before), approve="APPROVING_KEY" in signing)
             roles = {"RELEASE_ROLE": release_role(fleet, env)} | (
                 {} if first else {"DEPLOY_ROLE": deploy_role(fleet, env)}
             )
@@ -65,7 +63,7 @@ class PipelineStack(cdk.Stack):
                 spec=spec,
                 large=first,
                 roles=roles,
-                keys=keys,
+                keys=signing,
                 connection=self._pipeline.connection,
                 store=store,
                 storage=storage,

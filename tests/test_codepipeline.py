@@ -13,7 +13,7 @@ from conftest import ROOT
 
 from infra.buildspec import deliver, release
 from infra.checks import check
-from infra.delivery import builders
+from infra.roles import builders
 from models.config import Environment, load_fleet
 from models.places import PipelineSettings
 from models.release import ShipyardError
@@ -29,7 +29,7 @@ from tests.test_infra import (
     template_of,
     walk,
 )
-from tests.test_operations import ALL, FOLLOWING, PIPED, PIPELINE
+from tests.test_operations import ALL, DELIVERY, FOLLOWING, PIPED, PIPELINE
 from tests.test_workflows import jobs_of, runs
 
 MAKE = re.compile(r"(?:AWS_PROFILE=(\w+) )?make ([a-z]+)([^;&]*)")
@@ -207,6 +207,25 @@ def test_roles_of_other_accounts_let_this_build_take_them_and_no_other(fleet):
     assert builders(fleet, "staging") == [f"arn:aws:iam::{ACCOUNT}:role/shipyard-dev-pipeline-staging"]
 
 
+def test_a_release_role_signs_with_the_keys_that_it_needs_and_no_other(stage, fleet):
+    """An approving key only where a release is approved; the keys' own policies are of another account's making."""
+    made = {"dev": stage}
+    for name in ("staging", "prod"):
+        env = fleet.env[name]
+        before = {"first": {"account": ACCOUNT, "delivery": PIPED}}
+        if name == "prod":
+            before["staging"] = {"account": "222222222222", "delivery": DELIVERY | {"promote_from": "first"}}
+        made[name] = make_stage(
+            *ALL, account=env.account, production=env.production, following=before,
+            delivery=DELIVERY | {"promote_from": list(before)[-1]},
+        )  # fmt: skip
+    for name, one in made.items():
+        found = {role["RoleName"]: role for role in of(template_of(one, "delivery"), "AWS::IAM::Role")}
+        wanted = [PIPELINE["signing_key"], *([PIPELINE["approving_key"]] if name == "prod" else [])]
+        assert statements(found["shipyard-dev-release"])["kms:GetPublicKey kms:Sign"] == (wanted, None), name
+        assert "kms:Sign" not in json.dumps(found["shipyard-dev-deploy"])
+
+
 # --- what its builds run -----------------------------------------------------------------------------------------------
 
 
@@ -270,8 +289,8 @@ def run(tmp_path):
 
 
 def test_the_first_build_tells_which_release_it_made(run):
-    done, told = run(release("dev"))
-    assert done == ["setup", "release release", "publish", "release upload"]
+    done, told = run(release("dev"), PROFILE="full")
+    assert done == ["setup", "bundle PROFILE=full", "release release", "publish", "release upload"]
     assert told.splitlines()[-1] == "RELEASE=0.1.0-gabc"
 
 

@@ -253,6 +253,16 @@ def test_release_writes_artifacts_and_deletes_none(stage):
     assert "s3:PutObject" in actions and not any("Delete" in action for action in actions)
     written = next(resources for names, (resources, _) in allowed.items() if "s3:PutObject" in names)
     assert written == ["<bucket>/artifacts/*", "<bucket>/delivery/*"]
+    # the fleet names no key, so the role signs with none
+    assert "kms:Sign" not in actions
+    # a delta of more than 8 MiB is written in parts, and one that was begun is found again
+    rolls = statements(found["shipyard-dev-deploy"])
+    parts = "s3:AbortMultipartUpload s3:ListMultipartUploadParts s3:PutObject"
+    assert rolls[parts] == (["<bucket>/deltas/*"], None)
+    assert rolls["s3:ListBucket s3:ListBucketMultipartUploads"] == (["<bucket>"], None)
+    # a rollout waits longer than an hour
+    hours = {name.rpartition("-")[2]: role["MaxSessionDuration"] // 3600 for name, role in found.items()}
+    assert hours == {"release": 1, "plan": 1, "deploy": 4}
     # plan and deploy act by the roles of the bootstrap, plan by the one that reads
     plan = statements(found["shipyard-dev-plan"])["sts:AssumeRole"][0]
     assert plan == [f"arn:aws:iam::{ACCOUNT}:role/cdk-hnb659fds-lookup-role-{ACCOUNT}-us-east-1"]

@@ -101,7 +101,7 @@ def runs(job):
 
 def test_a_release_reaches_production_by_staging_and_a_persons_word():
     jobs = jobs_of("release")
-    assert runs(jobs["release"]) == ["setup", "release", "publish", "upload"]
+    assert runs(jobs["release"]) == ["setup", "bundle", "release", "publish", "upload"]
     assert runs(jobs["staging"]) == ["setup", "promote", "rollout", "status", "rollback", "rollout"]
     assert runs(jobs["prod"]) == ["setup", "approve", "promote", "rollout", "status", "rollback", "rollout"]
     assert (jobs["staging"]["needs"], jobs["prod"]["needs"]) == ("release", ["release", "staging"])
@@ -129,9 +129,22 @@ def test_a_job_that_takes_a_role_of_aws_is_of_an_environment_and_has_no_key(path
     for name, job in workflow(path)["jobs"].items():
         aws = [step for step in job["steps"] if "configure-aws-credentials" in step.get("uses", "")]
         assert bool(aws) == (job.get("permissions", {}).get("id-token") == "write"), name
-        assert all(step["with"].keys() == {"role-to-assume", "aws-region"} for step in aws)
+        for step in aws:
+            given = dict(step["with"])
+            # as long as the role of infra.delivery may be taken; the others are for an hour
+            hours = 4 if "DEPLOY_ROLE" in given["role-to-assume"] else 1
+            assert given.pop("role-duration-seconds", 3600) == hours * 3600
+            assert given.keys() == {"role-to-assume", "aws-region"}
         assert not aws or job["environment"]
     assert "secrets." not in path.read_text()
+
+
+def test_training_is_over_before_credentials_that_last_an_hour_are_taken():
+    steps_of = jobs_of("release")["release"]["steps"]
+    does = ["credentials" if "configure-aws" in step.get("uses", "") else step.get("run", "") for step in steps_of]
+    assert [word.split()[1] if word.startswith("make") else word for word in does if word] == [
+        "setup", "bundle", "credentials", "release", "publish", "credentials", "upload",
+    ]  # fmt: skip
 
 
 def test_a_proposal_deploys_nothing():
@@ -150,8 +163,9 @@ def test_the_verbs_of_a_release_say_who_asks_as_text_and_name_the_release():
         "rollout": 'shipyard rollout prod --by "$BY"',
         "rollback": "shipyard rollback prod --by \"$BY\" --key 'kms:alias/key'",
         "publish": "shipyard publish 0.1.0-gabc",
+        "bundle": "shipyard bundle --profile full",
     }.items():
-        given = ["RELEASE=0.1.0-gabc", "ENV=prod", "FROM=staging", "KEY=kms:alias/key"]
+        given = ["PROFILE=full", "RELEASE=0.1.0-gabc", "ENV=prod", "FROM=staging", "KEY=kms:alias/key"]
         done = subprocess.run(
             ["make", "--dry-run", verb, *given], cwd=ROOT, env=surroundings, capture_output=True, text=True
         )
