@@ -1,6 +1,7 @@
 """The weekly update: what learns and what is held to the bit, that new names find their place, and what is refused."""
 
 import dataclasses
+import datetime
 import json
 from pathlib import Path
 
@@ -98,6 +99,14 @@ def test_the_same_days_are_no_update(tmp_path: Path) -> None:
     assert (
         done.returncode == 1 and "no finished stage; mend: name the build folder of an earlier release" in done.stderr
     )
+
+
+def test_the_folder_that_help_and_the_page_name_is_that_of_a_week_later() -> None:
+    later = load_fleet(ROOT / "fleet.toml").data.valid_from + datetime.timedelta(days=7)
+    page = (ROOT / "docs" / "edge-sync.md").read_text()
+    told = shipyard("warm", "--help").stdout
+    assert page.count(f"build/quick-{later}") == page.count("build/quick-") == 2
+    assert told.count(f"build/quick-{later}") == told.count("build/quick-") == 1
 
 
 def test_rows_are_carried_by_their_names() -> None:
