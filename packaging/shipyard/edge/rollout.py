@@ -150,8 +150,9 @@ def _judge(
     while True:
         seen = look_all(clients, names)
         failed = sum(device.standing == "failed" for device in seen)
+        serving = [device.report.get("runtime") for device in seen if device.standing == "in step"]
         # models alone do not tell whether a device runs the new code: a release may bring nothing else
-        good = sum(device.standing == "in step" and runtime in (None, device.report.get("runtime")) for device in seen)
+        good = len(serving) if runtime is None else serving.count(runtime)
         if names and 100 * failed / len(names) >= settings.abort_percent:
             what, value = "canaries failed", f"{failed} of {len(names)}"
             break
@@ -160,6 +161,8 @@ def _judge(
             return
         if time.monotonic() > until:
             what, value = "canaries did not come in step", f"{good} of {len(names)} in {wait:.0f} s"
+            if good < len(serving):
+                value += f", {len(serving) - good} by another runtime than {runtime}"
             break
         time.sleep(pause)
     if identifier is not None:
