@@ -183,6 +183,24 @@ def test_a_model_that_is_not_kept_is_let_go():
     assert run(swapped()) == {}
 
 
+def test_who_waits_for_room_while_a_model_is_let_go_is_answered():
+    def slow(requests, wanted):
+        time.sleep(0.1)
+        return requests
+
+    async def swapped():
+        batcher, deadline = Batcher(1, 1.0, 1), asyncio.get_running_loop().time() + 5
+        # one is run, one fills the queue, one of another length waits outside
+        asked = [
+            asyncio.create_task(batcher.run(slow, [k], [1], [length], deadline)) for k, length in enumerate((1, 1, 99))
+        ]
+        await asyncio.sleep(0.02)
+        batcher.keep(len)
+        return await asyncio.wait_for(asyncio.gather(*asked), 10), batcher.waiting
+
+    assert run(swapped()) == ([[0], [1], [2]], 0)
+
+
 # --- the server ------------------------------------------------------------------------------------------------------
 
 
