@@ -590,6 +590,8 @@ CORRUPT = {
     "a list": b"[]",
     "products of numbers": b'{"products": [1, 2]}',
     "a score NaN": b'{"products": [{"product": 1, "score": NaN}]}',
+    "a score of 400 digits": b'{"products": [{"product": 1, "score": 1%s}]}' % (b"0" * 400),
+    "a score that no sum holds": b'{"products": [{"product": 1, "score": 1e308}]}',
     "a score of text": b'{"products": [{"product": 1, "score": "1"}]}',
     "a product twice": b'{"products": [{"product": 1, "score": 2}, {"product": 1, "score": 1}]}',
     "a product null": b'{"products": [{"product": null, "score": 2}]}',
