@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pydantic import Field, ValidationError
 
-from models.config import Environment, Fleet, Name, Settings, explain
-from models.lineage import Sha256, check_papers
+from models.config import Environment, Fleet, Gate, Name, Profile, Settings, explain
+from models.lineage import Gated, Sha256, check_papers
 from models.release import Keys, Release, Signature, Signer, load_keys
 from serve.errors import ShipyardError
 from serve.files import read_json
@@ -87,6 +87,13 @@ def hold_gates(release: Release, fleet: Fleet) -> tuple[HeldGate, ...]:
                 f"gate: release {release.version}: {told.of}: {told.gate} was missed when it was made",
                 value=told.figure if told.low is None else told.low, allowed=told.bound, mend="make another release",
             )  # fmt: skip
+        figure, wanted = told.figure if told.low is None else told.low, _today(told, release, fleet, profile)
+        most = told.gate in ("loss", "size_mb")
+        if not (figure <= wanted if most else figure >= wanted):
+            raise ShipyardError(
+                f"gate: release {release.version}: {told.of}: {told.gate} is not what fleet.toml asks for today",
+                value=f"{figure:.4g}", allowed=f"{wanted:.4g} or {'less' if most else 'more'}", mend="make another release",
+            )  # fmt: skip
     held = []
     for name, submodel in sorted(release.submodels.items()):
         gate = profile.gate.get(name, profile.default_gate)
@@ -97,6 +104,16 @@ def hold_gates(release: Release, fleet: Fleet) -> tuple[HeldGate, ...]:
             _hold(release.version, name, bound, found.low, least)
             held.append(HeldGate.model_validate({"submodel": name, "bound": bound, "low": found.low, "least": least}))
     return tuple(held)
+
+
+def _today(told: Gated, release: Release, fleet: Fleet, profile: Profile) -> float:
+    """Return a gate's bound as fleet.toml has it now, or as the release has it where fleet.toml has none."""
+    if told.gate in Gate.model_fields:
+        return float(getattr(profile.gate.get(told.of, profile.default_gate), told.gate))
+    if told.gate == "loss" and told.of in release.submodels:
+        return fleet.target[release.submodels[told.of].target].max_loss
+    targets = [a.target for a in release.artifacts if a.name == told.of and a.kind != "greengrass-runtime"]
+    return fleet.target[targets[0]].max_size_mb if told.gate == "size_mb" and targets else told.bound
 
 
 def _hold(version: str, name: str, bound: str, low: float, least: float) -> None:

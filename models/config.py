@@ -326,11 +326,19 @@ def _at(model: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel]:
     """Return the table's model at `path` below `model`; an empty one where no table is."""
     node: Any = model
     for part in path:
+        node = _given(node)
         if isinstance(node, type) and issubclass(node, BaseModel):
             node = node.model_fields[str(part)].annotation
         else:  # a dict[Name, Model] or tuple[Model, ...]
             node = [a for a in get_args(node) if a is not Ellipsis][-1]
+    node = _given(node)
     return node if isinstance(node, type) and issubclass(node, BaseModel) else BaseModel
+
+
+def _given(annotation: Any) -> Any:
+    """Return what an optional annotation is where it is not None."""
+    found = [a for a in get_args(annotation) if a is not type(None)]
+    return found[0] if type(None) in get_args(annotation) and len(found) == 1 else annotation
 
 
 def _tuples(value: Any) -> Any:

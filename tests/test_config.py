@@ -189,6 +189,14 @@ FAULTS = {
     "a misspelt key of a target's size": (
         "memory_mib", "memory_mb", "env.dev_1.cpu.memory_mb: unknown key; allowed: ", 'did you mean "memory_mib"?',
     ),
+    "a misspelt key of an optional table": (
+        'edge = { thing_group', 'observe = { email = "a@example.com", budget_used = 9 }\nedge = { thing_group',
+        "env.dev_1.observe.budget_used: unknown key; allowed: ", 'did you mean "budget_usd"?',
+    ),
+    "no mail of an optional table": (
+        'edge = { thing_group', 'observe = { email = "nobody" }\nedge = { thing_group',
+        "env.dev_1.observe.email: not allowed; value: 'nobody'; allowed: a mail address",
+    ),
     "an unknown target": ("[target.cpu]", "[target.tpu]", "target.tpu: not allowed; value: 'tpu'; allowed: ", "'edge'"),
     "a missing key": ('version = "0.1.0"', "", "project.version: missing", "mend: add it"),
     "a missing table": ('[project]\nname = "shipyard"\nversion = "0.1.0"', "", "project: missing", "mend: add it"),

@@ -319,10 +319,31 @@ def test_a_key_that_nobody_trusts_signs_no_approval(project, capsys, tmp_path):
     assert not (project.releases / "approvals").exists()
 
 
-def test_a_dry_approval_writes_nothing(project, capsys):
+@pytest.mark.parametrize(("gate", "figure", "low", "bound", "change"), [
+    ("over_teacher", 0.9, -0.02, -0.05, ("over_teacher = -0.5", "over_teacher = 0")),
+    ("loss", 0.009, None, 0.01, ("max_size_mb = 100", "max_size_mb = 100\nmax_loss = 0.005")),
+    ("size_mb", 300.0, None, 400.0, ("max_size_mb = 400", "max_size_mb = 200")),
+])  # fmt: skip
+def test_a_gate_that_was_raised_since_is_held(project, gate, figure, low, bound, change):
+    told = {"gate": gate, "figure": figure, "low": low, "bound": bound, "passed": True}
+    found = project.release(9, gates=[told | {"of": "recommend" if gate == "loss" else "search"}])
+    assert hold_gates(found, project.fleet)
+    toml = project.fleet_file.read_text()
+    assert change[0] in toml
+    project.fleet_file.write_text(toml.replace(*change))
+    with pytest.raises(ShipyardError, match=f"{gate} is not what fleet.toml asks for today"):
+        hold_gates(found, project.fleet)
+
+
+def test_a_dry_approval_writes_nothing(project, capsys, tmp_path):
     before = project.tree()
     assert project.run("approve", project.second.version, "prod", "--dry-run") == 0
     assert project.tree() == before
+    # not a key either
+    [own] = [path for path in tmp_path.rglob("approving.pem") if path.is_file()]
+    own.unlink()
+    line = refused(capsys, project.run("approve", project.second.version, "prod", "--dry-run"))
+    assert "approving.pem: no such key; mend: give one" in line and not own.exists()
 
 
 # --- synth -------------------------------------------------------------------------------------------------------------

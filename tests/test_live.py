@@ -5,6 +5,8 @@ import json
 import boto3
 import pytest
 
+from models.approval import text
+from models.promotion import sign_promotion
 from models.release import read_release
 from serve.errors import ShipyardError
 from serve.greengrass.words import SHADOW
@@ -281,5 +283,24 @@ def test_a_rollout_of_a_release_that_is_not_approved_begins_nothing(place, rolli
     toml = place.project.fleet_file.read_text()
     place.project.fleet_file.write_text(toml.replace("[env.dev]", "[env.dev]\napproval = true"))
     with pytest.raises(ShipyardError, match=r"env.dev: release .* is not approved"):
+        run()
+    assert brought == []
+
+
+def test_a_rollout_of_what_fleet_toml_names_by_hand_begins_nothing(place, rolling):
+    following, run, brought, _ = rolling
+    owner = place.project
+    toml = owner.fleet_file.read_text()
+    owner.fleet_file.write_text(toml.replace("[env.dev]", "[env.dev]\napproval = true"))
+    record = sign_promotion(
+        following, ENV, "staging", (), "ci", "2030-01-31T12:00:00Z", owner.signer, replaces=owner.second.version,
+        approval=None, previous=None,
+    )  # fmt: skip
+    folder = owner.releases / "promotions" / ENV
+    folder.mkdir(parents=True)
+    (folder / "000001.json").write_text(text(record))
+    owner.approve(owner.second, ENV)
+    owner.pin(ENV, owner.second)
+    with pytest.raises(ShipyardError, match="names a release that was not promoted"):
         run()
     assert brought == []

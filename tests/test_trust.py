@@ -71,6 +71,7 @@ def sample_body(key, *, after=0.3, content="1"):
     }
     form = {"precision": "int8", "bytes": 10**6, "parity": 1e-3, "order": 0.99, "loss": 0.0, "latency_ms": 2.5}
     return {
+        "sequence": 1,
         "profile": "small",
         "source": {
             "data": "sample",

@@ -422,12 +422,51 @@ def test_publishing_again_changes_nothing(local, tmp_path):
     assert tree(releases) == before
 
 
+def renumbered(local, key, number, digit="b"):
+    """The release again with another artifact and a number of its own."""
+    body = {k: v for k, v in json.loads(local.read_text()).items() if k not in ("signature", "schema", "version")}
+    files = [file | {"sha256": digit * 64} for file in body["artifacts"][0]["files"]]
+    made = {"files": files, "digest": files_digest(tuple(File.model_validate(file) for file in files))}
+    body |= {"sequence": number, "artifacts": [body["artifacts"][0] | made, *body["artifacts"][1:]]}
+    found = sign(body, "0.1.0", key)
+    path = local.with_name(f"{found.version}.json")
+    path.write_text(dump(found))
+    return path
+
+
 def test_releases_lie_beside_each_other(local, tmp_path, key):
     releases = tmp_path / "releases"
     publish(local, releases)
+    # the same artifacts under other figures have the same number
     other = write_release(tmp_path / "build" / "releases", key, after=0.31)
     publish(other, releases)
-    assert {path.name for path in releases.glob("*.json")} == {local.name, other.name}
+    third = renumbered(local, key, 2)
+    publish(third, releases)
+    assert {path.name for path in releases.glob("*.json")} == {local.name, other.name, third.name}
+
+
+def test_a_release_with_the_number_of_another_one_is_not_published(local, tmp_path, key):
+    releases = tmp_path / "releases"
+    publish(renumbered(local, key, 3), releases)
+    before = tree(releases)
+    for number in (2, 3):
+        other = renumbered(local, key, number, "c")
+        with pytest.raises(ShipyardError, match=rf"made, by its sequence; value: {number}; allowed: 4 or more;"):
+            publish(other, releases)
+    assert tree(releases) == before
+    publish(renumbered(local, key, 4, "c"), releases)
+
+
+def test_what_is_revoked_is_not_published_again(local, tmp_path, key):
+    releases = tmp_path / "releases"
+    publish(local, releases)
+    (releases / f"{local.stem}.revoked").write_text("leaks a price list")
+    with pytest.raises(ShipyardError, match="the release is revoked; value: 'leaks a price list'"):
+        publish(local, releases)
+    (releases / f"{local.stem}.revoked").unlink()
+    (releases / "keys" / f"{key_id(key.public_key())}.revoked").write_text("the laptop was stolen")
+    with pytest.raises(ShipyardError, match=r"signed by a key that is revoked.*the laptop was stolen"):
+        publish(local, releases)
 
 
 def test_another_content_under_a_published_version_is_refused(local, tmp_path):

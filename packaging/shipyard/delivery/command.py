@@ -76,6 +76,10 @@ def main(given: Sequence[str], around: Surroundings) -> int:
 def _key(chosen: argparse.Namespace, default: Path, reporter: Reporter) -> tuple[Signer, str, str]:
     """Open the key; return it with who signs and when."""
     if chosen.key is None and not default.exists():
+        if chosen.dry_run:
+            raise ShipyardError(
+                f"{default}: no such key", mend="give one: --key FILE; the same command without --dry-run makes one"
+            )
         reporter.line(f"makes    a key, {default}")
     key = open_key(chosen.key, default)
     return key, chosen.by or f"key {key_id(key.public_key())}", datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from models.approval import check_standing, require_approval
 from models.config import Environment, Fleet
+from models.promotion import check_promoted
 from models.release import Keys, Release, load_keys, read_release, trusted_key
 from shipyard.console import Reporter
 from shipyard.delivery import live
@@ -45,6 +46,10 @@ def main(chosen: argparse.Namespace, fleet: Fleet, around: Surroundings, reporte
         }
         print(json.dumps(told) if chosen.json else table(rows))
         return 0 if matches else DIFFERS
+    if not chosen.give_up:
+        # forward goes what was promoted; the way back may go to any release of before
+        keys = load_keys(root / "releases" / "keys")
+        check_promoted(found, chosen.env, fleet.env[chosen.env], root / "releases", keys)
     known = Targets(chosen, fleet, around, reporter, register, services)
     targets = known.all(known.read(found.version))
     good = chosen.good or before(register, found.version)
