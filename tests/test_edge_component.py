@@ -395,10 +395,10 @@ def devices():
     """Start the component's process on a machine, and end it."""
     running = []
 
-    def start(machine, *flags):
+    def start(machine, *flags, program=("-m", "serve.greengrass.device")):
         machine.work.mkdir(parents=True, exist_ok=True)
         command = [
-            sys.executable, "-m", "serve.greengrass.device", "--work", str(machine.work),
+            sys.executable, *program, "--work", str(machine.work),
             "--unarchived", str(machine.unarchived), "--models", machine.words, "--trusted-key", machine.trusted,
             "--port", str(machine.port), *flags,
         ]  # fmt: skip
@@ -453,6 +453,30 @@ def test_a_model_that_is_too_slow_or_not_whole_is_not_served(devices, tmp_path):
     mended = devices(machine)
     assert mended.recommend({"history": [], "k": 2})[0] == 200
     assert graph.read_bytes() == (folder / "model.onnx").read_bytes() != bytes(content)
+
+
+HELD = """
+import sys, threading, time
+from serve.greengrass import agent, device
+agent.Agent.run = lambda *_: time.sleep(600)  # as long as an object may be read
+join = threading.Thread.join
+threading.Thread.join = lambda self, timeout=None: join(self, timeout and min(timeout, 0.1))
+sys.exit(device.main())
+"""
+
+
+def test_neither_totals_that_are_no_text_nor_a_download_that_hangs_hold_a_device_up(devices, tmp_path):
+    machine = Machine(tmp_path / "machine", free_port())
+    machine.deploy(edge_bundle(tmp_path / "good"))
+    machine.work.mkdir(parents=True)
+    (machine.work / "telemetry.json").write_bytes(b"\xff\xfe\0")
+    running = devices(machine, program=("-c", HELD))
+    try:
+        assert running.recommend({"history": []})[0] == 200
+        running.process.terminate()
+        assert running.process.wait(timeout=15) == 0
+    finally:
+        running.process.kill()
 
 
 def test_local_clients_are_bounded_and_told_what_is_wrong(devices, tmp_path):

@@ -1,6 +1,7 @@
 """The edge's protocol: the state machine by rules, and devices on real disks that are cut at any flush or rename."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import random
@@ -34,7 +35,7 @@ from serve.greengrass.protocol import (
     step,
     write_state,
 )
-from serve.greengrass.shadow import Topics
+from serve.greengrass.shadow import Topics, told_in
 from serve.greengrass.store import Store
 from serve.greengrass.telemetry import EDGES_MS, Telemetry, add, total
 from serve.greengrass.words import LARGEST_TOLD, Delta, Pointer, Told, archive_key, delta_key, read_told, write_told
@@ -156,6 +157,19 @@ def test_a_word_for_a_shadow_is_bounded_and_checked():
     ):  # fmt: skip
         with pytest.raises(ShipyardError):
             read_told(wrong if isinstance(wrong, str) else json.dumps(wrong))
+    # fits as it is sent, and not as it is kept
+    grows = json.dumps(good | {"models": {NAME: bad | {"version": "\U0001f600" * 400}}}, ensure_ascii=False)
+    assert len(grows.encode()) < LARGEST_TOLD
+    with pytest.raises(ShipyardError, match="too much for a shadow"):
+        read_told(grows)
+
+
+@pytest.mark.parametrize("given", [{"generation": 1, "models": {}}, 5, True, ["x"], None])
+def test_a_word_that_is_no_text_is_not_understood(given):
+    state = {"told": given}
+    for end, said in (("get/accepted", {"desired": state}), ("update/delta", state)):
+        with pytest.raises(ShipyardError, match="not understood: told: not a text"):
+            told_in(f"{Topics('thing').prefix}/{end}", json.dumps({"state": said}).encode())
 
 
 def test_keys_are_those_of_the_release():
@@ -525,6 +539,22 @@ def test_an_archive_that_is_not_the_one_named_leaves_nothing(store, bucket):
         store.fetch(NAME, dataclasses.replace(found, bytes=10**9), bucket.read, {})
 
 
+@pytest.mark.parametrize("fault", ["encrypted", "a method that nobody knows", "a stream that is none"])
+def test_an_archive_that_cannot_be_read_is_told(store, bucket, fault):
+    found = bucket.make(1)
+    archive = bytearray(bucket.objects[archive_key(NAME, found.sha256)])
+    flags, method = {"encrypted": (1, 0), "a method that nobody knows": (0, 97), "a stream that is none": (0, 8)}[fault]
+    # of the first file, where it lies and where the directory names it
+    for place in (6, archive.find(b"PK\x01\x02") + 8):
+        archive[place] |= flags
+        archive[place + 2] = method
+    sha256 = hashlib.sha256(archive).hexdigest()
+    bucket.objects[archive_key(NAME, sha256)] = bytes(archive)
+    with pytest.raises(ShipyardError, match="archive: "):
+        store.fetch(NAME, dataclasses.replace(found, sha256=sha256), bucket.read, {})
+    assert not store.folder(NAME, found.manifest).exists()
+
+
 def test_the_disk_holds_no_more_than_a_state_can_name(store, bucket):
     pointers = [bucket.make(n) for n in range(5)]
     for found in pointers[1:]:
@@ -536,6 +566,20 @@ def test_the_disk_holds_no_more_than_a_state_can_name(store, bucket):
 
 
 # --- counts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "not json", "\ufffd\ufffd\0", "[]", "null", '{"sequence":null}', '{"models":[]}', '{"models":{"a":[1]}}',
+        '{"models":{"a":{}}}', '{"learned":{"models":[]}}',
+    ],
+)  # fmt: skip
+def test_totals_that_cannot_be_read_are_counted_anew(text):
+    found = Telemetry(text)
+    found.answered("a", 0.003, [{"products": [{"score": 1.0}]}])
+    kept = Telemetry(found.close())
+    assert (kept.sequence, kept.models["a"]["requests"]) == (1, 1)
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), min_size=1, max_size=40), st.randoms())

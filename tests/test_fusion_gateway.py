@@ -460,6 +460,37 @@ def test_a_disk_that_is_full_is_told_and_nothing_is_acknowledged(tmp_path):
     asyncio.run(asyncio.wait_for(write(), 20))
 
 
+def test_whoever_waits_for_a_journal_that_fails_for_long_hears_so_and_what_comes_later_is_written(monkeypatch):
+    sleep, pauses, down = asyncio.sleep, [], True
+
+    def put(lines, durable):
+        if down:
+            raise Unwritten("the stream is down")
+
+    async def write():
+        nonlocal down
+        journal = Journal(put, prompt=False)
+        meanwhile = []
+
+        async def pause(seconds):
+            pauses.append(seconds)
+            meanwhile.append(asyncio.create_task(journal.write([{"durable": len(pauses)}], durable=True)))
+            await sleep(0.001)
+
+        monkeypatch.setattr("serve.feedback.asyncio.sleep", pause)
+        await journal.write([{"shown": 1}], durable=False)
+        while len(pauses) < 9:
+            await sleep(0.001)
+        down = False
+        told = await asyncio.wait_for(asyncio.gather(*meanwhile, return_exceptions=True), 10)
+        return journal.dropped, told
+
+    dropped, told = asyncio.run(write())
+    assert pauses[:9] == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 6.4, 6.4]
+    assert dropped == 1
+    assert all(isinstance(one, Unwritten) for one in told[:8]) and told[-1] is None
+
+
 def test_firehose_gets_again_what_it_did_not_take():
     client = boto3.client("firehose", region_name="us-east-1", aws_access_key_id="x", aws_secret_access_key="y")
     lines = [b'{"a":1}\n', b'{"a":2}\n', b'{"a":3}\n']
@@ -504,8 +535,8 @@ def test_a_target_that_hangs_is_left_out_in_time_and_comes_back(fleet):
     try:
         for k in range(8):
             begin = time.monotonic()
-            status, answer = fleet.ask("/v1/search", {"query": f"hang {k}"}, **{"X-Request-Timeout-Ms": "300"})
-            assert status == 200 and time.monotonic() - begin < 2
+            status, answer = fleet.ask("/v1/search", {"query": f"hang {k}"})
+            assert status == 200 and time.monotonic() - begin < 3
             assert states(answer)["recommend"] in ("late", "open")
             assert not answer["complete"]
             expected = fleet.offline({"query": f"hang {k}"}, ["search", "edge_recommend"])
@@ -559,6 +590,8 @@ CORRUPT = {
     "a list": b"[]",
     "products of numbers": b'{"products": [1, 2]}',
     "a score NaN": b'{"products": [{"product": 1, "score": NaN}]}',
+    "a score of 400 digits": b'{"products": [{"product": 1, "score": 1%s}]}' % (b"0" * 400),
+    "a score that no sum holds": b'{"products": [{"product": 1, "score": 1e308}]}',
     "a score of text": b'{"products": [{"product": 1, "score": "1"}]}',
     "a product twice": b'{"products": [{"product": 1, "score": 2}, {"product": 1, "score": 1}]}',
     "a product null": b'{"products": [{"product": null, "score": 2}]}',
@@ -678,6 +711,37 @@ def test_a_breaker_opens_tries_once_and_closes():
     assert not breaker.open
 
 
+def test_what_was_on_its_way_when_a_breaker_opened_does_not_open_it_for_longer():
+    now = [0.0]
+    breaker = Breaker(clock=lambda: now[0])
+    for _ in range(16):
+        breaker.begin()
+    for _ in range(16):
+        breaker.end(fault=True)
+    assert breaker.open
+    now[0] = 0.6
+    assert not breaker.open
+
+
+def test_a_client_that_gives_too_little_time_takes_no_target_from_the_others():
+    def busy(call):
+        raise Gone("busy")
+
+    async def told(send, *seconds, **usual):
+        target = Target("source", send, 60.0, **usual)
+        return [(await target.ask({}, given, "id")).state for given in seconds], target
+
+    hasty = [0.001] * 6
+    states, target = asyncio.run(told(lambda call: time.sleep(0.02), *hasty, 1.0, usual=1.0))
+    assert states == ["late"] * 6 + ["spoke"]
+    assert len(target.hedge._times) == 1
+    states, target = asyncio.run(told(busy, *hasty, usual=1.0))
+    assert states == ["busy"] * 6 and target.hedge._calm_until < 0
+    # what a request mostly gives is enough to tell a slow target by
+    states, _ = asyncio.run(told(lambda call: time.sleep(0.02), *hasty, usual=0.001))
+    assert states == ["late"] * 5 + ["open"]
+
+
 def test_a_target_is_not_held_up_by_the_threads_of_another():
     async def both():
         slow = Target("slow", lambda call: time.sleep(1.0), 0.2, threads=1)
@@ -783,7 +847,7 @@ def test_a_shard_goes_with_the_raw_scores_of_search_alone(fleet):
     pinned = open_gateway(member.bundle, member.name, member.attestation, trusted(fleet.key))
     assert pinned.targets["search"]["manifest"] == sha256_file(fleet.folders["search"] / "bundle.json")
     with pytest.raises(ShipyardError, match="--items: search is asked by --target"):
-        shard(pinned, "http://127.0.0.1:9", {"search": "http://127.0.0.1:9"}, 1.0, Hedge())
+        shard(pinned, "http://127.0.0.1:9", {"search": "http://127.0.0.1:9"}, 1.0, Hedge(), 1.0)
 
 
 def test_a_gateway_that_was_made_before_there_were_shards_is_told_of_none(fleet, tmp_path):

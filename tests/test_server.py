@@ -654,6 +654,16 @@ def test_a_golden_product_that_is_not_found_is_refused(own_bundle):
     assert "golden answer 0 differs for product 1" in refused(own_bundle)
 
 
+def test_a_graph_that_the_engine_does_not_run_is_refused(own_bundle):
+    file = own_bundle.folder / "model.onnx"
+    file.write_bytes(b"no graph")
+    known = {"path": file.name, "sha256": sha256_file(file), "bytes": file.stat().st_size}
+    own_bundle.rewrite(
+        lambda document: document.update(files=[known if f["path"] == file.name else f for f in document["files"]])
+    )
+    assert "the engine does not run it" in refused(own_bundle)
+
+
 def test_another_schema_is_refused(own_bundle):
     own_bundle.rewrite(lambda document: document.update(schema="shipyard.bundle/1"))
     assert "schema is not known" in refused(own_bundle)

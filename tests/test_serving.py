@@ -183,6 +183,24 @@ def test_a_model_that_is_not_kept_is_let_go():
     assert run(swapped()) == {}
 
 
+def test_who_waits_for_room_while_a_model_is_let_go_is_answered():
+    def slow(requests, wanted):
+        time.sleep(0.1)
+        return requests
+
+    async def swapped():
+        batcher, deadline = Batcher(1, 1.0, 1), asyncio.get_running_loop().time() + 5
+        # one is run, one fills the queue, one of another length waits outside
+        asked = [
+            asyncio.create_task(batcher.run(slow, [k], [1], [length], deadline)) for k, length in enumerate((1, 1, 99))
+        ]
+        await asyncio.sleep(0.02)
+        batcher.keep(len)
+        return await asyncio.wait_for(asyncio.gather(*asked), 10), batcher.waiting
+
+    assert run(swapped()) == ([[0], [1], [2]], 0)
+
+
 # --- the server ------------------------------------------------------------------------------------------------------
 
 
@@ -248,7 +266,7 @@ def test_metrics_count_requests_and_batches(server):
 
 HURRIED = """
 import sys, serve.asgi
-serve.asgi.SECONDS_TO_SEND = 1
+serve.asgi.SECONDS_TO_SEND = serve.asgi.SECONDS_TO_TAKE = 1
 from serve.server import main
 sys.exit(main())
 """
@@ -266,6 +284,36 @@ def test_a_client_that_sends_nothing_or_half_a_head_is_let_go(bundle, tmp_path):
         assert 0.5 < time.monotonic() - start < 15
         assert told[:3] == [b"", b"", b""]
         assert told[3].startswith(b"HTTP/1.1 408 ")
+        assert server.predict(GOOD)[0] == 200
+
+
+def test_a_client_that_sends_no_further_request_or_takes_no_answer_is_let_go(bundle, tmp_path):
+    whole = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(serving(bundle, tmp_path / "server.log", program=("-c", HURRIED)))
+        line, body, deaf = (stack.enter_context(socket.socket()) for _ in range(3))
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        for connection in (line, body, deaf):
+            connection.settimeout(20)
+            connection.connect(("127.0.0.1", server.port))
+        line.sendall(whole)
+        body.sendall(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
+        for connection, status in ((line, b"200"), (body, b"404")):
+            told = b""
+            while not told.endswith(b"}"):
+                told += connection.recv(65536)
+            assert told.startswith(b"HTTP/1.1 %s " % status)
+        line.sendall(b"\r\n")
+        body.sendall(b"x")
+        start = time.monotonic()
+        assert line.recv(1) == body.recv(1) == b""
+        assert 0.5 < time.monotonic() - start < 15
+        # more than this machine keeps for a connection, asked for at once
+        deaf.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 2000)
+        with pytest.raises(ConnectionError):
+            while time.monotonic() - start < 15:
+                deaf.sendall(whole)
+                time.sleep(0.1)
         assert server.predict(GOOD)[0] == 200
 
 
@@ -446,6 +494,15 @@ def test_a_request_is_the_one_that_tritons_own_client_writes():
     body, length = theirs()
     assert json.loads(ours[:size]) == json.loads(body[:length])
     assert ours[size:] == body[length:]
+
+
+def test_a_head_without_a_form_is_the_clients_fault(tmp_path):
+    found = make_bundle(tmp_path / "bundle", search=True, graph="model_repository/search/1/model.onnx")
+    with serving(found, tmp_path / "server.log") as server:
+        for head in (b"[" * 100_000, b"{}", b"null"):
+            length = {triton.HEADER_LENGTH: str(len(head))}
+            status, answer, _ = server.ask("POST", "/v2/models/search/infer", head, length)
+            assert status == 400 and answer["error"].startswith("no request of Triton's binary protocol")
 
 
 def test_tritons_own_client_reads_our_answer():

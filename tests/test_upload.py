@@ -305,6 +305,14 @@ def test_a_whole_bundle_arrives(bundle):
     assert all((bundle.into / name).read_bytes() == content for name, content in CONTENTS.items())
 
 
+def test_a_bundle_that_was_fetched_already_is_fetched_again(bundle):
+    bundle.fetch()
+    [name] = [name for name in CONTENTS if "/" in name]
+    (bundle.into / name).write_bytes(b"of before")
+    bundle.fetch()
+    assert (bundle.into / name).read_bytes() == CONTENTS[name]
+
+
 def test_what_a_killed_fetch_left_is_removed(bundle):
     (bundle.into / ".part").mkdir()
     (bundle.into / ".part" / "evil.py").write_text("evil")

@@ -132,8 +132,9 @@ class Batcher:
             Late: the deadline passed before the last of them was begun.
         """
         loop = asyncio.get_running_loop()
+        await self._room(deadline, sum(self._kind(work, length).cost for length in lengths), len(requests))
+        # taken only now: while it waited for room, a kind that nothing waited for may have been let go
         kinds = [self._kind(work, length) for length in lengths]
-        await self._room(deadline, sum(kind.cost for kind in kinds), len(requests))
         jobs = []
         for kind, request, count in zip(kinds, requests, wanted, strict=True):
             jobs.append(_Job(request, count, deadline, kind.cost, loop.create_future()))

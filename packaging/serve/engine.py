@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state
 
 from serve.errors import ShipyardError
 
@@ -20,6 +21,13 @@ ENGINE = {
     "instructions": {"x86_64": ["avx2"], "aarch64": ["asimd"]},
 }
 """The oldest engine and the least processor of each architecture that a bundle is made for."""
+
+FAULTS: tuple[type[Exception], ...] = tuple(
+    found
+    for found in vars(onnxruntime_pybind11_state).values()
+    if isinstance(found, type) and issubclass(found, Exception)
+)
+"""What the engine raises of a graph: classes of its own that have no base in common."""
 
 
 def instructions(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:

@@ -87,16 +87,21 @@ class Journal:
             try:
                 await loop.run_in_executor(self._pool, self._put, [line for line, _, _ in batch], durable)
             except Unwritten as fault:
-                kept = [one for one in batch if not one[1] and not self._prompt]
+                kept, last = [], pause > 5
+                if last:
+                    # what came meanwhile is given up too; who awaits it has to hear so
+                    batch, self._waiting = batch + self._waiting, []
                 for one in batch:
-                    if one not in kept and not one[2].done():
-                        one[2].set_exception(Unwritten(str(fault)))
+                    if one[1] or self._prompt:
+                        if not one[2].done():
+                            one[2].set_exception(Unwritten(str(fault)))
+                    elif last:
+                        self.dropped += 1
+                    else:
+                        kept.append(one)
                 self._waiting = kept + self._waiting
-                if pause > 5:
-                    self.dropped += len(self._waiting)
-                    self._waiting = []
                 await asyncio.sleep(pause)
-                pause *= 2
+                pause = min(2 * pause, 6.4)
                 continue
             for _, _, future in batch:
                 if not future.done():

@@ -29,7 +29,9 @@ def fetch(uri: str, name: str, attestation: str, keys: Keys, into: Path) -> None
     try:
         _download(uri, name, attestation, keys, part)
         for path in part.iterdir():
-            path.replace(into / path.name)
+            if (place := into / path.name).is_dir():
+                shutil.rmtree(place)  # of a fetch before: a folder takes the place of an empty one alone
+            path.replace(place)
     finally:
         # what failed halfway is not attested
         shutil.rmtree(part)

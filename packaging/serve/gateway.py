@@ -50,7 +50,9 @@ def sends(pinned: Pinned, search: str, cluster: str, more: Mapping[str, str]) ->
     return found
 
 
-def shard(pinned: Pinned, url: str, more: Mapping[str, str], seconds: float, hedge: Hedge) -> Target[Fresh]:
+def shard(
+    pinned: Pinned, url: str, more: Mapping[str, str], seconds: float, hedge: Hedge, usual: float
+) -> Target[Fresh]:  # fmt: skip
     """Return the shard of fresh items that goes with the release's search, at the server `url`.
 
     Raises:
@@ -65,7 +67,7 @@ def shard(pinned: Pinned, url: str, more: Mapping[str, str], seconds: float, hed
     name = shard_name(told["artifact"], told["manifest"])
     send = shard_send(f"{url.rstrip('/')}/{name}/v1/{SEARCH}", told["level"])
     # a shard that comes later is to be found soon, and asking where nothing listens costs next to nothing
-    return Target(SHARD, send, seconds, hedge=hedge, breaker=Breaker(longest=1.0))
+    return Target(SHARD, send, seconds, hedge=hedge, breaker=Breaker(longest=1.0), usual=usual)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -105,16 +107,20 @@ def main(arguments: list[str] | None = None) -> int:
         }
         addresses = _pairs(chosen.target, "--target", pinned.sources)
         asked = sends(pinned, chosen.search, chosen.cluster, addresses)
-        targets = {name: Target(name, send, deadlines.get(name, 60.0), hedge=hedge()) for name, send in asked.items()}
+        usual = chosen.deadline_ms / 1000
+        targets = {
+            name: Target(name, send, deadlines.get(name, 60.0), hedge=hedge(), usual=usual)
+            for name, send in asked.items()
+        }
         fresh = None
         if chosen.items:
-            fresh = shard(pinned, chosen.items, addresses, deadlines.get(SHARD, 60.0), hedge())
+            fresh = shard(pinned, chosen.items, addresses, deadlines.get(SHARD, 60.0), hedge(), usual)
         stream = chosen.feedback.removeprefix("firehose:") if chosen.feedback.startswith("firehose:") else ""
         put = firehose(stream) if stream else files(Path(chosen.feedback))
         gateway = Gateway(
             pinned, targets, Journal(put, prompt=not stream),
             {route: cast(Policy, policies.get(route, POLICIES[0])) for route in (SEARCH, RECOMMEND)},
-            chosen.deadline_ms / 1000, chosen.cache_seconds, chosen.prefix,
+            usual, chosen.cache_seconds, chosen.prefix,
             chosen.page.read_bytes() if chosen.page is not None else None, fresh,
         )  # fmt: skip
 

@@ -14,7 +14,7 @@ import uvicorn
 import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from serve.asgi import LARGEST_HEAD, SECONDS_TO_SEND, App, dump, log
+from serve.asgi import LARGEST_HEAD, SECONDS_TO_SEND, SECONDS_TO_TAKE, App, dump, log
 from serve.trust import add_trust
 
 MOST_CONNECTIONS = 2_000
@@ -23,13 +23,14 @@ SECONDS_KEPT = 75
 
 
 class Protocol(HttpToolsProtocol):
-    """One connection: JSON also for what is not HTTP, and a bound on the time and the size of a request's head."""
+    """One connection: JSON also for what is not HTTP, and bounds on a request's head and on the time to take an answer."""
 
     def connection_made(self, transport: Any) -> None:
         """Start the clock, for a client that says nothing holds a connection too."""
         super().connection_made(transport)
         self._head, self._size = True, 0
         self._clock: asyncio.TimerHandle | None = None
+        self._stuck: asyncio.TimerHandle | None = None
         self._wind()
         if len(self.connections) > MOST_CONNECTIONS:
             transport.close()
@@ -42,10 +43,24 @@ class Protocol(HttpToolsProtocol):
             self._wind()
             if self._size > LARGEST_HEAD:
                 self._refuse(431, f"allowed: headers of at most {LARGEST_HEAD} bytes")
+        elif self.cycle is not None and self.cycle.response_complete and not self.transport.is_closing():
+            # what is no head, as an empty line or the rest of a body that was not wanted, ended the clock of an idle one
+            self._wind()
+
+    def pause_writing(self) -> None:
+        """Give a client that takes nothing of its answer as long as an answer may take."""
+        super().pause_writing()
+        self._stuck = self.loop.call_later(SECONDS_TO_TAKE, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Stop that clock."""
+        super().resume_writing()
+        self._let_take()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the clock."""
+        """Stop the clocks."""
         self._unwind()
+        self._let_take()
         super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
@@ -79,6 +94,11 @@ class Protocol(HttpToolsProtocol):
         if self._clock is not None:
             self._clock.cancel()
             self._clock = None
+
+    def _let_take(self) -> None:
+        if self._stuck is not None:
+            self._stuck.cancel()
+            self._stuck = None
 
 
 class Server(uvicorn.Server):

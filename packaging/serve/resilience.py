@@ -66,9 +66,13 @@ class Breaker:
             raise Gone("open", fault=False)
         self._trying = self._faults >= self._most
 
-    def end(self, *, fault: bool) -> None:
-        """Note how a call ended that was let pass."""
+    def end(self, *, fault: bool | None) -> None:
+        """Note how a call ended that was let pass; None says nothing of the target."""
+        if fault and self._faults >= self._most and not self._trying:
+            return  # begun before it opened: one pause of the target is not as many faults as calls were on their way
         self._trying = False
+        if fault is None:
+            return
         self._faults = self._faults + 1 if fault else 0
         if self._faults >= self._most:
             self._until = self._clock() + min(self._longest, 0.5 * 2.0 ** (self._faults - self._most))
@@ -137,14 +141,17 @@ class Outcome(Generic[T]):
 
 
 class Target(Generic[T]):
-    """One target by name; `seconds` is its deadline, if shorter than the request's."""
+    """One target by name; `seconds` is its deadline, if shorter than the request's, `usual` what a request gives it mostly.
+
+    A client may give less than both. That this is too little is no fault of the target, and none of the other clients'.
+    """
 
     def __init__(
         self, name: str, send: Callable[[Call], T], seconds: float, threads: int = 16, hedge: Hedge | None = None,
-        breaker: Breaker | None = None,
+        breaker: Breaker | None = None, usual: float = math.inf,
     ) -> None:  # fmt: skip
         self.name, self.breaker, self.hedge = name, breaker or Breaker(), hedge or Hedge()
-        self._send, self._seconds = send, seconds
+        self._send, self._seconds, self._fair = send, seconds, min(seconds, usual)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
         # of their own: where slow calls hold all threads, a second call must not wait behind them
         self._again = ThreadPoolExecutor(max(1, threads // 4), thread_name_prefix=f"{name}-again")
@@ -158,28 +165,33 @@ class Target(Generic[T]):
         except Gone as gone:
             return Outcome(None, gone.why)
         self.hedge.earn()
+        hurried = seconds < self._fair
         seconds = min(seconds, self._seconds)
         calls = [_Running(self._pool, self._send, Call(document, seconds, request_id, trace))]
-        start, fault = time.monotonic(), True
+        start = time.monotonic()
+        fault: bool | None = True
         try:
             async with asyncio.timeout(seconds):
-                winner = await self._race(calls, start)
+                winner = await self._race(calls, hurried)
             heard = winner.future.result()
             fault = False
             self.hedge.learn(time.monotonic() - start)
             return Outcome(heard, "spoke", _told(calls, winner))
         except TimeoutError:
-            self.hedge.learn(seconds)
+            if hurried:
+                fault = None
+            else:
+                self.hedge.learn(seconds)
             return Outcome(None, "late", _told(calls))
         except Gone as gone:
-            fault = gone.fault
+            fault = None if hurried and gone.why in ("late", "busy") else gone.fault
             return Outcome(None, gone.why, _told(calls))
         finally:
             self.breaker.end(fault=fault)
             for call in calls:
                 call.let_go()
 
-    async def _race(self, calls: list["_Running[T]"], start: float) -> "_Running[T]":
+    async def _race(self, calls: list["_Running[T]"], hurried: bool) -> "_Running[T]":
         """Return the call that was answered first, the question's first one where none was; add the second to `calls`."""
         first, delay = calls[0], self.hedge.delay
         left = first.call.seconds - delay
@@ -195,7 +207,7 @@ class Target(Generic[T]):
                 call = waiting.pop(future)
                 if (why := future.exception()) is None:
                     return call
-                if isinstance(why, Gone) and why.why == "busy":
+                if isinstance(why, Gone) and why.why == "busy" and not hurried:
                     self.hedge.calm()
         return first
 

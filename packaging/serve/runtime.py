@@ -12,7 +12,7 @@ import onnxruntime as ort
 
 from serve.blend import blend, scaled
 from serve.codec import PLURALS, Codec, tokens
-from serve.engine import check_engine
+from serve.engine import FAULTS, check_engine
 from serve.errors import ShipyardError
 from serve.files import sha256_file
 from serve.trust import MANIFEST, Keys, check_bundle, verify_attestation
@@ -137,13 +137,16 @@ def open_bundle(folder: Path, name: str, attestation: str, keys: Keys, threads: 
 
     Raises:
         ShipyardError: no trusted key attests the bundle, it is of a release before `oldest`, a file of it differs, or an
-            answer does.
+            answer does, or the engine cannot run it.
     """
     manifest = folder / MANIFEST
     if not manifest.is_file():
         raise ShipyardError(f"{folder}: no {MANIFEST}", mend="fetch the bundle again")
     digest = sha256_file(manifest)
     verify_attestation(name, digest, attestation, keys, str(folder), oldest)
-    model = Model(folder, check_bundle(folder, digest), threads)
-    model.self_test()
+    try:
+        model = Model(folder, check_bundle(folder, digest), threads)
+        model.self_test()
+    except FAULTS as fault:
+        raise ShipyardError(f"{folder}: the engine does not run it: {fault}") from None
     return model

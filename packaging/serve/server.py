@@ -127,7 +127,7 @@ class Service:
             inputs = read_request(asked.body, int(length) if length.isascii() and len(length) < 10 else -1)
             if sorted(inputs) != sorted(model.manifest["inputs"]):
                 raise ValueError(f"inputs {', '.join(inputs)}")
-        except (ValueError, KeyError, TypeError) as fault:
+        except (ValueError, KeyError, TypeError, RecursionError) as fault:
             raise Refused(400, f"no request of Triton's binary protocol: {str(fault)[:200]}") from None
         # tensors of one request are a batch already
         [(rows, scores)] = await self._run(model.run_each, [inputs], [1], deadline)

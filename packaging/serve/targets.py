@@ -7,7 +7,6 @@ when a target is asked at all.
 import contextlib
 import itertools
 import json
-import math
 import socket
 import threading
 import time
@@ -26,6 +25,7 @@ from serve.trace import Trace
 from serve.triton import CONTENT, HEADER_LENGTH, read_answer, version, write_request
 
 LARGEST_ANSWER = 4 * 1024 * 1024
+LARGEST_SCORE = 1e30  # far below what a float holds: fusion adds and multiplies scores
 
 
 class Stop:
@@ -244,7 +244,7 @@ def checked(products: list[Any], scores: list[Any]) -> Heard:
     """Refuse what is no ranking: another type, no number, a product named twice, an order that is none."""
     if not all(type(product) in (int, str) for product in products) or len(set(products)) != len(products):
         raise Gone("corrupt")
-    if not all(type(score) in (int, float) and math.isfinite(score) for score in scores):
+    if not all(type(score) in (int, float) and abs(score) < LARGEST_SCORE for score in scores):
         raise Gone("corrupt")
     if any(low > high for high, low in itertools.pairwise(scores)):
         raise Gone("corrupt")

@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
                 # the last good one serves, if there is one
                 log.error("deployed model %s: %s", name, fault)
         totals = chosen.work / "telemetry.json"
-        desk = Desk(Telemetry(totals.read_text(encoding="utf-8") if totals.is_file() else ""))
+        desk = Desk(Telemetry(totals.read_text(encoding="utf-8", errors="replace") if totals.is_file() else ""))
         link = open_link(chosen.link, chosen.thing, lost)
         agent = Agent(
             store, desk, link, chosen.thing, reader(chosen.store), lambda n, m: prove(store, n, m, chosen.budget_ms),
@@ -164,7 +164,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {fault}", file=sys.stderr)
         return 1
     log.info("ready: %s on port %d", ", ".join(sorted(desk.models)), front.server_address[1])
-    worker = threading.Thread(target=_guard, args=(agent, stop, lost, action))
+    # a daemon: a process that is to end does not wait for a download, which may take minutes
+    worker = threading.Thread(target=_guard, args=(agent, stop, lost, action), daemon=True)
     worker.start()
     while not stop.is_set() and not lost.wait(1.0):
         pass

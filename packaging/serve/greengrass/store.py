@@ -6,9 +6,11 @@ it. A bundle's folder bears the digest of its bundle.json, and every file is che
 
 import hashlib
 import io
+import lzma
 import os
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -20,6 +22,9 @@ from serve.greengrass.words import Pointer, archive_key, delta_key
 from serve.trust import MANIFEST, Keys, check_bundle, verify_attestation
 
 ATTESTED = ".attestation"
+
+UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError)
+"""What zipfile raises of an archive that it cannot read: damaged, cut off, encrypted, of a method that it does not know."""
 
 Read = Callable[[str, int], bytes]
 """Read an object of the bucket: its key and its size in bytes."""
@@ -187,7 +192,7 @@ def _unzip(archive: bytes) -> list[tuple[str, bytes]]:
             if sum(entry.file_size for entry in entries) > MOST:
                 raise ShipyardError("archive: too large", allowed=f"{MOST} bytes unpacked")
             return [(entry.filename, stream.read(entry)) for entry in entries]
-    except zipfile.BadZipFile as fault:
+    except UNREADABLE as fault:
         raise ShipyardError(f"archive: {fault}") from None
 
 

@@ -27,11 +27,16 @@ class Telemetry:
     def __init__(self, text: str = "") -> None:
         self._lock = threading.Lock()
         try:
-            document = json.loads(text or "{}")
-        except ValueError:
-            document = {}
-        self.sequence: int = document.get("sequence", 0)
-        self.models: dict[str, dict[str, Any]] = document.get("models", {})
+            self._open(json.loads(text or "{}"))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            # a device counts anew sooner than it stops serving
+            self._open({})
+
+    def _open(self, document: Mapping[str, Any]) -> None:
+        self.sequence = int(document.get("sequence", 0))
+        self.models: dict[str, dict[str, Any]] = {}
+        for name, totals in document.get("models", {}).items():
+            self._of(name).update(totals)
         learned = document.get("learned", {})
         self.learner = Learner(learned)
         self.saved = self._told(learned)

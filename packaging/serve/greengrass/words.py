@@ -87,8 +87,10 @@ def read_told(text: str) -> Told:
     """Read what the center wants.
 
     Raises:
-        ShipyardError: it is too large, or not of this form.
+        ShipyardError: it is too large, also as this runtime writes it, or not of this form.
     """
+    if not isinstance(text, str):
+        raise ShipyardError("told: not a text", value=type(text).__name__, allowed="as docs/edge-sync.md")
     if len(text.encode(errors="replace")) > LARGEST_TOLD:
         raise ShipyardError("told: too large", value=len(text), allowed=f"{LARGEST_TOLD} bytes")
     try:
@@ -102,6 +104,7 @@ def read_told(text: str) -> Told:
         raise ShipyardError(f"told: {type(fault).__name__}: {fault}", allowed="as docs/edge-sync.md") from None
     if not right:
         raise ShipyardError("told: wrong", value=text[:80], allowed="as docs/edge-sync.md")
+    write_told(told)  # it is kept and echoed as that: one that grows by it could not be read again after a restart
     return told
 
 
