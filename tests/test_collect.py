@@ -79,7 +79,7 @@ def test_what_the_stream_delivered_twice_counts_once(journal, tmp_path):
 def test_the_data_stage_takes_it(journal, tmp_path):
     own = tmp_path / "own"
     later = [
-        record | {"time": f"{day} 09:00:00"} for day in ("2017-10-20", "2017-12-01") for record in feedback("r9", 11)
+        record | {"time": f"{day} 09:00:00"} for day in ("2017-11-10", "2017-12-01") for record in feedback("r9", 11)
     ]
     write(journal, *later)
     collect(journal, own)
