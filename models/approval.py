@@ -82,12 +82,12 @@ def hold_gates(release: Release, fleet: Fleet) -> tuple[HeldGate, ...]:
             allowed=", ".join(fleet.profile), mend="bring the profile with its gates back",
         )  # fmt: skip
     for told in release.gates:
+        figure, wanted = told.figure if told.low is None else told.low, _today(told, release, fleet, profile)
         if not told.passed:
             raise ShipyardError(
                 f"gate: release {release.version}: {told.of}: {told.gate} was missed when it was made",
-                value=told.figure if told.low is None else told.low, allowed=told.bound, mend="make another release",
+                value=figure, allowed=told.bound, mend="make another release",
             )  # fmt: skip
-        figure, wanted = told.figure if told.low is None else told.low, _today(told, release, fleet, profile)
         most = told.gate in ("loss", "size_mb")
         if not (figure <= wanted if most else figure >= wanted):
             raise ShipyardError(
@@ -248,12 +248,16 @@ def check_withdrawn(path: Path) -> None:
     """
     withdrawn = path.with_name(f"{path.stem}.revoked")
     if withdrawn.exists():
-        reason = " ".join(withdrawn.read_text(errors="replace").split())[:200] or "no reason is given"
         raise ShipyardError(
             f"{path}: the release is revoked",
-            value=reason,
+            value=revocation(withdrawn),
             mend="name another release, or roll back: shipyard rollback ENV",
         )
+
+
+def revocation(path: Path) -> str:
+    """Return the reason that a file VERSION.revoked or KEY_ID.revoked gives, in one line."""
+    return " ".join(path.read_text(errors="replace").split())[:200] or "no reason is given"
 
 
 def check_standing(path: Path, release: Release) -> None:

@@ -326,12 +326,11 @@ def _at(model: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel]:
     """Return the table's model at `path` below `model`; an empty one where no table is."""
     node: Any = model
     for part in path:
-        node = _given(node)
         if isinstance(node, type) and issubclass(node, BaseModel):
             node = node.model_fields[str(part)].annotation
         else:  # a dict[Name, Model] or tuple[Model, ...]
             node = [a for a in get_args(node) if a is not Ellipsis][-1]
-    node = _given(node)
+        node = _given(node)
     return node if isinstance(node, type) and issubclass(node, BaseModel) else BaseModel
 
 

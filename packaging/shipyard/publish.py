@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from models.approval import check_withdrawn
+from models.approval import check_withdrawn, revocation
 from models.release import Release, dump, next_sequence, read_release
 from serve.errors import ShipyardError
 from serve.trust import load_keys
@@ -30,15 +30,15 @@ def publish(release: Path, releases: Path) -> Release:
     if withdrawn.exists():
         raise ShipyardError(
             f"{release}: signed by a key that is revoked",
-            value=f"{withdrawn.stem}: {' '.join(withdrawn.read_text(errors='replace').split())[:200]}",
+            value=f"{withdrawn.stem}: {revocation(withdrawn)}",
             mend="make the release again with another key",
         )
     if target.exists() and target.read_text(encoding="utf-8") != dump(found):
         raise ShipyardError(
             f"{target}: published with other content", mend="releases are immutable: make a new one, with a new version"
         )
-    number = next_sequence(releases, {artifact.digest for artifact in found.artifacts})
-    if not target.exists() and found.sequence < number:
+    digests = {artifact.digest for artifact in found.artifacts}
+    if not target.exists() and found.sequence < (number := next_sequence(releases, digests)):
         raise ShipyardError(
             f"{release}: another release was published since it was made, by its sequence", value=found.sequence,
             allowed=f"{number} or more", mend="make release again: what is done is skipped, the number is new",
