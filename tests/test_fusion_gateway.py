@@ -23,6 +23,7 @@ from pathlib import Path
 import boto3
 import numpy as np
 import pytest
+from botocore.exceptions import EndpointConnectionError
 from botocore.response import StreamingBody
 from botocore.stub import ANY, Stubber
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -801,6 +802,29 @@ def test_an_endpoint_of_another_release_or_with_nonsense_is_left_out(codec, case
     with pytest.raises(Gone) as gone:
         invoke(codec, **case)
     assert gone.value.why == expected
+
+
+def test_requests_of_many_lengths_reach_triton_in_one_shape(codec):
+    """Triton puts requests of one shape alone into one batch."""
+    seen = []
+
+    class Client:
+        def invoke_endpoint(self, Body, ContentType, **_):
+            seen.append(triton.read_request(Body, int(ContentType.rpartition("=")[2])))
+            raise EndpointConnectionError(endpoint_url="x")
+
+    asked = [
+        {"query": " ".join(["milk"] * n), "history": [{"product": p, "days_ago": 1} for p in PRODUCTS[:n]], "k": 4}
+        for n in range(1, 6)
+    ]
+    for document in asked:
+        with pytest.raises(Gone):
+            sagemaker_send("x", codec, Client())(Call(document, 1.0, "id"))
+    assert len({tuple((name, array.shape) for name, array in inputs.items()) for inputs in seen}) == 1
+    for document, inputs in zip(asked, seen, strict=True):
+        for name, array in codec.encode([document]).items():
+            np.testing.assert_array_equal(inputs[name][:, : array.shape[1]], array)
+            assert not inputs[name][:, array.shape[1] :].any()
 
 
 def test_an_endpoint_that_throttles_is_busy(codec):

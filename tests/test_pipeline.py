@@ -19,9 +19,12 @@ from packaging.utils import canonicalize_name
 
 from serve.codec import PLURALS
 from serve.errors import ShipyardError
-from serve.files import sha256_file
-from serve.runtime import open_bundle
+from serve.files import read_json, sha256_file
+from serve.runtime import Model, open_bundle
+from serve.triton import padded
+from serve.trust import MANIFEST
 from shipyard import bundle as bundling
+from shipyard.quantise import SAME
 from shipyard.stage import closure
 from shipyard.upload import FolderStore, upload_release
 
@@ -365,6 +368,16 @@ def test_candidates_are_ranked_as_the_whole_catalogue(small: Made, unit: str) ->
     # equal scores may come in either order
     assert scores(ranked) == pytest.approx(scores(whole), abs=1e-6)
     assert list(scores(ranked).values()) == sorted(scores(ranked).values(), reverse=True)
+
+
+def test_padding_for_triton_changes_no_answer(small: Made) -> None:
+    bundle = small.bundle("search")
+    model = Model(bundle, read_json(bundle / MANIFEST))
+    for golden in model.manifest["golden"]:
+        inputs = model.encode([golden["request"]])
+        [alone], [filled] = (model.session.run(["logits"], given) for given in (inputs, padded(inputs)))
+        assert filled.shape == alone.shape
+        assert np.abs(filled - alone)[:, 1:].max() <= SAME * np.abs(alone[:, 1:]).max()
 
 
 def test_triton_configuration_agrees_with_the_graph(small: Made) -> None:

@@ -19,9 +19,10 @@ from google.protobuf import text_format
 from test_server import GOOD, ITEMS, PRODUCTS, Bundle, command, make_bundle, serving
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 
+from models.submodel import MAX_TOKENS
 from serve import triton
 from serve.batch import Batcher, Busy, Late
-from serve.history import FEATURES
+from serve.history import FEATURES, LIMIT, MOST_OFFERS
 from serve.runtime import Model
 from shipyard.bench import load
 
@@ -442,7 +443,7 @@ def schema():
 @pytest.mark.parametrize("inputs", [tuple(triton.INPUTS), ("items", "features")], ids=["all inputs", "a history alone"])
 def test_a_configuration_is_one_of_tritons_schema(schema, inputs):
     found = text_format.Parse(triton.config("search", inputs, 100, 501, 77), schema.ModelConfig())
-    assert (found.name, found.backend, found.max_batch_size) == ("search", "onnxruntime", 32)
+    assert (found.name, found.backend, found.max_batch_size) == ("search", "onnxruntime", 64)
     assert [one.name for one in found.input] == list(inputs)
     told = dict(zip(inputs, found.input, strict=True))
     assert told["items"].data_type == schema.TYPE_INT64 and list(told["items"].dims) == [-1]
@@ -454,10 +455,12 @@ def test_a_configuration_is_one_of_tritons_schema(schema, inputs):
     ]
     assert list(found.version_policy.specific.versions) == [77]
     assert found.instance_group[0].kind == schema.ModelInstanceGroup.KIND_GPU
-    assert set(found.model_warmup[0].inputs) == set(inputs)
-    for name in inputs:  # Triton wants a warm-up's shapes without unknowns
-        assert all(dim > 0 for dim in found.model_warmup[0].inputs[name].dims)
-        assert found.model_warmup[0].inputs[name].data_type == told[name].data_type
+    assert [one.batch_size for one in found.model_warmup] == [1, found.max_batch_size]
+    for sample, step in zip(found.model_warmup, (0, -1), strict=True):
+        assert set(sample.inputs) == set(inputs)
+        for name in inputs:  # Triton wants a warm-up's shapes without unknowns
+            assert list(sample.inputs[name].dims) == [triton.STEPS[name][step], *told[name].dims[1:]]
+            assert sample.inputs[name].data_type == told[name].data_type
 
 
 def test_a_readers_configuration_is_one_too(schema):
@@ -494,6 +497,21 @@ def test_a_request_is_the_one_that_tritons_own_client_writes():
     body, length = theirs()
     assert json.loads(ours[:size]) == json.loads(body[:length])
     assert ours[size:] == body[length:]
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 512, 513])
+def test_padding_takes_the_next_length_and_leaves_a_longer_one(length):
+    found = triton.padded({"items": np.ones((2, length), np.int64), "features": np.ones((2, length, 3), np.float32)})
+    wanted = next((step for step in triton.STEPS["items"] if step >= length), length)
+    assert found["items"].shape == (2, wanted) and found["features"].shape == (2, wanted, 3)
+    assert found["items"].sum() == 2 * length and found["features"].dtype == np.float32
+
+
+def test_the_longest_step_is_the_longest_request():
+    """One that no step holds would be a shape of its own."""
+    steps = {name: found[-1] for name, found in triton.STEPS.items()}
+    assert steps["query_ids"] == steps["query_mask"] == MAX_TOKENS
+    assert steps["items"] == steps["features"] == LIMIT and steps["offers"] == steps["strengths"] == MOST_OFFERS
 
 
 def test_a_head_without_a_form_is_the_clients_fault(tmp_path):

@@ -20,6 +20,12 @@ TYPES: dict[str, np.dtype[Any]] = {"INT64": np.dtype("<i8"), "FP32": np.dtype("<
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
+STEPS = {
+    "query_ids": (8, 32), "query_mask": (8, 32), "items": (64, 512), "features": (64, 512),
+    "offers": (16, 1024, 8192, 20_000), "strengths": (16, 1024, 8192, 20_000),
+}  # fmt: skip
+"""Lengths that requests are padded to: Triton puts requests of one shape alone into one batch."""
+
 CONFIG = "config.pbtxt"
 
 OUTPUTS = ("rows", "scores")
@@ -50,14 +56,12 @@ def reader_config(name: str, most: int = 256) -> str:
     return "\n".join(lines) + "\n"
 
 
-def config(name: str, inputs: tuple[str, ...], returned: int, width: int, number: int = 1, most: int = 32) -> str:
+def config(name: str, inputs: tuple[str, ...], returned: int, width: int, number: int = 1, most: int = 64) -> str:
     """Return config.pbtxt of version `number` of a ranking graph: `inputs`, `returned` rows with their scores, `width`
-    logits, batches of at most `most`."""
-    warm: Mapping[str, str] = {
-        "query_ids": "dims: [ 4 ] zero_data: true", "query_mask": "dims: [ 4 ] zero_data: true",
-        "items": "dims: [ 1 ] zero_data: true", "features": f"dims: [ 1, {len(FEATURES)} ] zero_data: true",
-        "offers": "dims: [ 1 ] zero_data: true", "strengths": f"dims: [ 1, {len(OFFER)} ] zero_data: true",
-    }  # fmt: skip
+    logits, batches of at most `most`.
+
+    Batch, instances and lengths are those that `make bench-gpu` found (docs/benchmarks.md).
+    """
     lines = [
         f'name: "{name}"',
         'backend: "onnxruntime"',
@@ -70,16 +74,40 @@ def config(name: str, inputs: tuple[str, ...], returned: int, width: int, number
         f'output {{ name: "scores" data_type: TYPE_FP32 dims: [ {returned} ] }}',
         # large, and sent to whoever asks for it by name alone
         f'output {{ name: "logits" data_type: TYPE_FP32 dims: [ {width} ] }}',
-        "instance_group [ { count: 1 kind: KIND_GPU } ]",
-        # Triton batches requests of one shape alone: clients that pad to few lengths gain most
+        # one takes a batch in while the other computes
+        "instance_group [ { count: 2 kind: KIND_GPU } ]",
         "dynamic_batching { max_queue_delay_microseconds: 1000 }",
-        "model_warmup [ {",
-        '  name: "one request" batch_size: 1',
-        *(f'  inputs {{ key: "{i}" value {{ data_type: {INPUTS[i][0]} {warm[i]} }} }}' for i in inputs),
-        "} ]",
+        "model_warmup [",
+        # kernels are loaded, and the memory of the largest batch is taken, before the first request comes
+        *_warm("one request", inputs, 1, 0),
+        "  ,",
+        *_warm("the largest batch", inputs, most, -1),
+        "]",
         f"version_policy {{ specific {{ versions: [ {number} ] }} }}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _warm(name: str, inputs: tuple[str, ...], size: int, step: int) -> list[str]:
+    """Return a sample of `size` requests whose inputs have the length of one of their `STEPS`."""
+    lines = []
+    for i in inputs:
+        kind, dims = INPUTS[i]
+        told = f"data_type: {kind} dims: {dims.replace('-1', str(STEPS[i][step]))} zero_data: true"
+        lines.append(f'    inputs {{ key: "{i}" value {{ {told} }} }}')
+    return ["  {", f'    name: "{name}" batch_size: {size}', *lines, "  }"]
+
+
+def padded(inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
+    """Pad the second axis of inputs [B, n, ...] with 0 to the next of its `STEPS`; a longer one stays as it is.
+
+    To the graph a 0 is no item, no offer and no word.
+    """
+    found = {}
+    for name, array in inputs.items():
+        most = next((step for step in STEPS.get(name, ()) if step >= array.shape[1]), array.shape[1])
+        found[name] = np.pad(array, [(0, 0), (0, most - array.shape[1]), *[(0, 0)] * (array.ndim - 2)])
+    return found
 
 
 def write_request(inputs: Arrays, outputs: tuple[str, ...] = OUTPUTS) -> tuple[bytes, int]:
