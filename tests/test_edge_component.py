@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from test_server import PRODUCTS, make_bundle
 
+from serve.errors import ShipyardError
+from serve.files import sha256_file
 from serve.greengrass import device, install, recipe
 from shipyard.bundle import bundle_runtime
 from shipyard.edge.wheels import LOCK, ROOTS, download, pins
@@ -453,6 +456,24 @@ def test_a_model_that_is_too_slow_or_not_whole_is_not_served(devices, tmp_path):
     mended = devices(machine)
     assert mended.recommend({"history": [], "k": 2})[0] == 200
     assert graph.read_bytes() == (folder / "model.onnx").read_bytes() != bytes(content)
+
+
+def test_what_a_library_says_of_a_model_is_a_refusal_and_ends_nothing(tmp_path):
+    """The tokenizer of a trusted bundle that no library reads: the generation fails, the process does not."""
+    made = make_bundle(tmp_path / "search", search=True)
+    tokenizer = made.folder / "tokenizer.json"
+    tokenizer.write_text('{"version": "9"}')
+
+    def change(document):
+        [file] = [file for file in document["files"] if file["path"] == tokenizer.name]
+        file |= {"sha256": sha256_file(tokenizer), "bytes": tokenizer.stat().st_size}
+
+    made.rewrite(change)
+    store = types.SimpleNamespace(
+        folder=lambda *_: made.folder, attestation=lambda *_: made.attestation, keys=made.keys
+    )
+    with pytest.raises(ShipyardError, match="search: cannot be opened on this device"):
+        device.prove(store, "search", "", 1000.0)
 
 
 HELD = """

@@ -313,7 +313,7 @@ class Device:
             self.desk = Desk(Telemetry())
             agent = Agent(
                 store, self.desk, self, "thing", self.world.bucket.read, lambda n, m: self.prove(store, n, m),
-                poll=100.0, version="1",
+                poll=100.0, version="1", clock=lambda: self.now,
             )  # fmt: skip
             deployed = {NAME: store.adopt(NAME, self.world.bucket.root / "0", self.world.base.attestation)}
             action = agent.start(deployed)
@@ -345,11 +345,11 @@ class Device:
             message = self.wire[place % len(self.wire)]
             if not twice:
                 self.wire.remove(message)
-            self.alive(lambda: self.agent.take(message, self.now))
+            self.alive(lambda: self.agent.take(message))
 
     def tick(self, seconds):
         self.now += seconds
-        self.alive(lambda: self.agent.tick(self.now))
+        self.alive(lambda: self.agent.tick())
 
     def check(self):
         if self.agent is None:
@@ -448,6 +448,27 @@ def test_twenty_devices_through_hundreds_of_steps(seed, tmp_path, fuse):
     live(world, draw, int(os.environ.get("SHIPYARD_STEPS", "400")))
     world.tell(8)
     heal(world)
+
+
+def test_a_proof_that_the_device_could_not_make_is_made_again(tmp_path, fuse, monkeypatch):
+    """Its own trouble, e.g. no file handle left, is none of the model's."""
+    world = World(tmp_path, 1, fuse)
+    [device] = world.devices
+    troubles, prove = [OSError(24, "Too many open files")] * 2, device.prove
+
+    def troubled(*asked):
+        if troubles:
+            raise troubles.pop()
+        return prove(*asked)
+
+    monkeypatch.setattr(device, "prove", troubled)
+    world.tell(1)
+    device.deliver(0, False)
+    status = device.agent.status()
+    assert status["models"] == {NAME: world.base.manifest} and status["generation"] == 0
+    assert "proof of generation 1: [Errno 24] Too many open files" in status["fault"]
+    heal(world)
+    assert not troubles and device.agent.status()["generation"] == 1
 
 
 def test_the_power_may_go_at_every_flush_and_rename(tmp_path, fuse):

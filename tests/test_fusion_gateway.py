@@ -700,16 +700,16 @@ def test_a_breaker_opens_tries_once_and_closes():
     with pytest.raises(Gone, match="open"):
         breaker.begin()
     now[0] = 0.6
-    breaker.begin()
+    assert breaker.begin()
     with pytest.raises(Gone):
         breaker.begin()  # one tries at a time
-    breaker.end(fault=True)
+    breaker.end(fault=True, tried=True)
     now[0] = 1.5
     assert breaker.open  # it waits twice as long
     now[0] = 1.7
-    breaker.begin()
-    breaker.end(fault=False)
-    assert not breaker.open
+    assert breaker.begin()
+    breaker.end(fault=False, tried=True)
+    assert not breaker.open and not breaker.begin()
 
 
 def test_what_was_on_its_way_when_a_breaker_opened_does_not_open_it_for_longer():
@@ -722,6 +722,60 @@ def test_what_was_on_its_way_when_a_breaker_opened_does_not_open_it_for_longer()
     assert breaker.open
     now[0] = 0.6
     assert not breaker.open
+
+
+@pytest.mark.parametrize("fault", [True, None], ids=["fails", "says nothing"])
+def test_what_was_on_its_way_when_a_breaker_opened_does_not_end_its_try(fault):
+    now = [0.0]
+    breaker = Breaker(clock=lambda: now[0])
+    for _ in range(6):
+        breaker.begin()
+    for _ in range(5):
+        breaker.end(fault=True)
+    now[0] = 0.6
+    assert breaker.begin()
+    breaker.end(fault=fault)  # the sixth of before
+    with pytest.raises(Gone):
+        breaker.begin()
+    breaker.end(fault=False, tried=True)
+    assert breaker.closed
+
+
+def test_a_question_that_nobody_waits_for_is_no_fault_of_the_target():
+    def slow(call):
+        time.sleep(0.2)
+        return [1], [1.0]
+
+    async def ask():
+        target = Target("x", slow, 5.0, breaker=Breaker(most=1))
+        asking = asyncio.ensure_future(target.ask({}, 5.0, "id"))
+        await asyncio.sleep(0.05)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        assert target.breaker.closed
+        assert (await target.ask({}, 5.0, "id")).state == "spoke"
+        target.close()
+
+    asyncio.run(ask())
+
+
+def test_a_call_that_waited_for_a_thread_tells_what_is_left():
+    seen = []
+
+    def send(call):
+        seen.append(int(call.headers["X-Request-Timeout-Ms"]))
+        time.sleep(0.3)
+        return [1], [1.0]
+
+    async def ask():
+        target = Target("x", send, 2.0, threads=1)
+        await asyncio.gather(*(target.ask({}, 2.0, "id") for _ in range(3)))
+        target.close()
+
+    asyncio.run(ask())
+    first, second, third = seen
+    assert 1900 < first <= 2000 and second <= first - 250 and third <= second - 250
 
 
 def test_a_client_that_gives_too_little_time_takes_no_target_from_the_others():

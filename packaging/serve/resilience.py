@@ -56,21 +56,24 @@ class Breaker:
         """Whether calls pass without being a try."""
         return self._faults < self._most
 
-    def begin(self) -> None:
-        """Let a call pass.
+    def begin(self) -> bool:
+        """Let a call pass; say whether it is the one that tries.
 
         Raises:
             Gone: the breaker is open.
         """
         if self.open:
             raise Gone("open", fault=False)
-        self._trying = self._faults >= self._most
+        tries = self._faults >= self._most
+        self._trying |= tries
+        return tries
 
-    def end(self, *, fault: bool | None) -> None:
-        """Note how a call ended that was let pass; None says nothing of the target."""
-        if fault and self._faults >= self._most and not self._trying:
+    def end(self, *, fault: bool | None, tried: bool = False) -> None:
+        """Note how a call ended that was let pass, and whether it `tried`; None says nothing of the target."""
+        if tried:
+            self._trying = False
+        elif fault and self._faults >= self._most:
             return  # begun before it opened: one pause of the target is not as many faults as calls were on their way
-        self._trying = False
         if fault is None:
             return
         self._faults = self._faults + 1 if fault else 0
@@ -161,7 +164,7 @@ class Target(Generic[T]):
     ) -> Outcome[T]:
         """Return what became of a question within the deadline."""
         try:
-            self.breaker.begin()
+            tries = self.breaker.begin()
         except Gone as gone:
             return Outcome(None, gone.why)
         self.hedge.earn()
@@ -186,8 +189,11 @@ class Target(Generic[T]):
         except Gone as gone:
             fault = None if hurried and gone.why in ("late", "busy") else gone.fault
             return Outcome(None, gone.why, _told(calls))
+        except asyncio.CancelledError:
+            fault = None  # nobody waits any more, which is not the target's doing
+            raise
         finally:
-            self.breaker.end(fault=fault)
+            self.breaker.end(fault=fault, tried=tries)
             for call in calls:
                 call.let_go()
 
@@ -198,7 +204,7 @@ class Target(Generic[T]):
         if left > 0:
             await asyncio.wait([first.future], timeout=delay)
             if not first.future.done() and self.breaker.closed and self.hedge.spend():
-                again = dataclasses.replace(first.call, seconds=left, again=True, stop=Stop())
+                again = dataclasses.replace(first.call, seconds=left, again=True, stop=Stop(), asked=time.monotonic())
                 calls.append(_Running(self._again, self._send, again))
         waiting = {call.future: call for call in calls}
         while waiting:

@@ -194,10 +194,13 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ShipyardError(f"{folder}: another task", value=model.task, allowed=task)
             service.take(model, sha256_file(folder / MANIFEST)[:16])
 
+        swapping = asyncio.Lock()
+
         async def swap() -> None:
             try:
-                told = json.loads(await asyncio.to_thread(chosen.swap.read_bytes))
-                await take(Path(told["bundle"]), told["attestation"])
+                async with swapping:  # of two signals the later one reads the file later, and has the last word
+                    told = json.loads(await asyncio.to_thread(chosen.swap.read_bytes))
+                    await take(Path(told["bundle"]), told["attestation"])
             except (ShipyardError, OSError, ValueError, KeyError, TypeError) as fault:
                 log.error("not swapped, the bundle before it is served on: %s", fault)
             else:

@@ -57,7 +57,8 @@ class Stop:
 
 @dataclass(frozen=True)
 class Call:
-    """One question to a target: the request, the seconds left, what the logs join it by, and whether it is asked `again`."""
+    """One question to a target: the request, the seconds that it has since it was `asked`, what the logs join it by, and
+    whether it is asked `again`."""
 
     document: dict[str, Any]
     seconds: float
@@ -65,11 +66,17 @@ class Call:
     trace: Trace | None = None
     again: bool = False
     stop: Stop = field(default_factory=Stop)
+    asked: float = field(default_factory=time.monotonic)
+
+    @property
+    def left(self) -> float:
+        """The seconds that are left; it may have waited for a thread."""
+        return self.asked + self.seconds - time.monotonic()
 
     @property
     def headers(self) -> dict[str, str]:
         """The headers that go with it."""
-        told = {"X-Request-Id": self.id, "X-Request-Timeout-Ms": str(max(1, int(self.seconds * 1000)))}
+        told = {"X-Request-Id": self.id, "X-Request-Timeout-Ms": str(max(1, int(self.left * 1000)))}
         return told | (self.trace.headers if self.trace is not None else {})
 
 
@@ -187,12 +194,10 @@ def post(
     Raises:
         Gone: there is none.
     """
-    end = time.monotonic() + call.seconds
     _running.stop = call.stop
     # a call that is a second one is not made a third time
     for again in (not call.again, False):
-        left = end - time.monotonic()
-        if left <= 0 or call.stop.called:
+        if (left := call.left) <= 0 or call.stop.called:
             raise Gone("late")
         try:
             answer = pool.request(

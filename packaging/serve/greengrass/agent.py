@@ -34,7 +34,7 @@ from serve.runtime import Model
 
 MOST_WAITING = 64
 RETRY = (1.0, 600.0)
-"""Seconds before a fetch is tried again: the first time, and at most."""
+"""Seconds before a fetch or a proof is tried again: the first time, and at most."""
 
 log = logging.getLogger("edge")
 
@@ -43,6 +43,7 @@ Open = Callable[[str, str], Model]
 
 Raises:
     ShipyardError: it is not attested, not whole, gives other answers, or is too slow.
+    OSError: the device's own trouble, which may pass.
 """
 
 
@@ -60,9 +61,10 @@ class Agent:
         *,
         poll: float,
         version: str,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store, self._desk, self._link, self._read, self._open = store, desk, link, read, open_model
-        self._topics, self._poll, self._version = Topics(thing), poll, version
+        self._topics, self._poll, self._version, self._clock = Topics(thing), poll, version, clock
         self._inbox: queue.Queue[tuple[str, bytes] | None] = queue.Queue(MOST_WAITING)
         self._state = State()
         self._fresh: dict[str, Model] = {}
@@ -104,7 +106,7 @@ class Agent:
                 try:
                     opened[name] = (manifest, self._open(name, manifest))
                     break
-                except ShipyardError as fault:
+                except (ShipyardError, OSError) as fault:
                     log.error("%s is not served: %s", name, fault)
                     faults.append(str(fault))
                     damaged |= self._is_damaged(name, manifest)
@@ -125,9 +127,9 @@ class Agent:
             try:
                 message = self._inbox.get(timeout=0.5)
             except queue.Empty:
-                self.tick(time.monotonic())
+                self.tick()
             else:
-                self.take(message, time.monotonic())
+                self.take(message)
         self._save_totals()
         self._link.close()
 
@@ -135,11 +137,11 @@ class Agent:
         """Go on with what an earlier process left to do."""
         self._retry = self._do(action)
 
-    def take(self, message: tuple[str, bytes] | None, now: float) -> None:
-        """Take one message of the shadow, or None for a connection that is made; `now` is of a clock that only goes on."""
+    def take(self, message: tuple[str, bytes] | None) -> None:
+        """Take one message of the shadow, or None for a connection that is made."""
         if message is None:
             # for the first time or again: what was said meanwhile was not heard
-            self._ask(now)
+            self._ask()
         elif (told := self._told(*message)) is not None:
             before = self._state.target
             action = self._step(Heard(told))
@@ -150,18 +152,18 @@ class Agent:
             elif self._state.target is None:
                 self._report()
 
-    def tick(self, now: float) -> None:
+    def tick(self) -> None:
         """Do what is due: a fetch that failed, and the question what is wanted, for a word may have been lost."""
-        if self._retry is not None and now >= self._retry:
+        if self._retry is not None and self._clock() >= self._retry:
             self._retry = None
-            if self._state.target is not None:
-                self._retry = self._do(Fetch(self._state.target))
-        if now >= self._due:
-            self._ask(now)
+            if (told := self._state.target) is not None:
+                self._retry = self._do(Prove(told) if self._state.ready else Fetch(told))
+        if self._clock() >= self._due:
+            self._ask()
 
-    def _ask(self, now: float) -> None:
+    def _ask(self) -> None:
         # not all of a thousand devices at once
-        self._due = now + self._poll * random.uniform(0.8, 1.0)  # noqa: S311 -- no secret
+        self._due = self._clock() + self._poll * random.uniform(0.8, 1.0)  # noqa: S311 -- no secret
         self._link.publish(f"{self._topics.prefix}/get", b"{}")
         self._save_totals()
         self._report()
@@ -206,14 +208,13 @@ class Agent:
                         for name, pointer in sorted(told.models.items()):
                             self._store.fetch(name, pointer, self._read, self._state.current)
                     except (ShipyardError, OSError) as fault:
-                        self._note = f"fetch of generation {told.generation}: {fault}"
-                        log.warning("%s", self._note)
-                        self._delay = min(RETRY[1], max(RETRY[0], 2 * self._delay))
-                        self._report()
-                        return time.monotonic() + self._delay
+                        return self._later(f"fetch of generation {told.generation}: {fault}")
                     action = self._step(Fetched(told.generation))
                 case Prove(told):
-                    action = self._step(self._prove(told))
+                    try:
+                        action = self._step(self._prove(told))
+                    except OSError as fault:
+                        return self._later(f"proof of generation {told.generation}: {fault}")
                 case Serve(models):
                     self._desk.change({name: self._fresh[name] for name in models}, models)
                     self._fresh = {}
@@ -222,6 +223,14 @@ class Agent:
         self._store.tidy(self._state)
         self._report()
         return None
+
+    def _later(self, note: str) -> float:
+        """Say what could not be done; return when to try it again."""
+        self._note = note
+        log.warning("%s", note)
+        self._delay = min(RETRY[1], max(RETRY[0], 2 * self._delay))
+        self._report()
+        return self._clock() + self._delay
 
     def _prove(self, told: Told) -> Proved | Failed:
         self._fresh = {}

@@ -37,14 +37,22 @@ def prove(store: Store, name: str, manifest: str, budget_ms: float) -> Model:
 
     Raises:
         ShipyardError: one of them does not hold.
+        OSError: the device's own trouble, which may pass.
     """
-    model = open_bundle(store.folder(name, manifest), name, store.attestation(name, manifest), store.keys, threads=1)
-    spent = []
-    for golden in model.manifest["golden"]:
-        for _ in range(ROUNDS):
-            start = time.perf_counter()
-            model.predict([golden["request"]])
-            spent.append(1000 * (time.perf_counter() - start))
+    folder, spent = store.folder(name, manifest), []
+    try:
+        model = open_bundle(folder, name, store.attestation(name, manifest), store.keys, threads=1)
+        for golden in model.manifest["golden"]:
+            for _ in range(ROUNDS):
+                start = time.perf_counter()
+                model.predict([golden["request"]])
+                spent.append(1000 * (time.perf_counter() - start))
+    except (ShipyardError, OSError):
+        raise
+    except Exception as fault:  # libraries raise classes of their own of a file that they cannot take
+        raise ShipyardError(
+            f"{name}: cannot be opened on this device", value=f"{type(fault).__name__}: {fault}"[:150]
+        ) from None
     if spent and (median := statistics.median(spent)) > budget_ms:
         raise ShipyardError(
             f"{name}: too slow on this device", value=f"{median:.1f} ms", allowed=f"{budget_ms} ms",
