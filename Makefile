@@ -13,7 +13,7 @@ export JSII_SILENCE_WARNING_END_OF_LIFE_NODE_VERSION ?= 20
 
 .DEFAULT_GOAL := help
 .PHONY: help setup bundle release report compare up down bench synth bench-synth bench-artifacts test lint broker simulate edge-lock
-.PHONY: bench-edge clean deploy-local rehearse docs browser soak
+.PHONY: bench-gpu test-gpu bench-edge clean deploy-local rehearse docs browser soak
 
 help: ## list the verbs
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,12 @@ bench: setup ## the CPU server beside others on one bundle and this machine; run
 synth: setup ## synthesize every environment of fleet.toml into cdk.out/ (VALIDATE=1: by the CDK's own validator too)
 	$(SHIPYARD) synth $(if $(VALIDATE),--validate)
 
+bench-gpu: setup ## the search graph of a build (PROFILE=quick) on this machine's NVIDIA GPU: its answers, and what a batch costs
+	PYTHONPATH=packaging $(BIN)/python tests/bench_gpu.py cases build/$(PROFILE) build/gpu
+	test -x build/gpu/env/bin/python || $(PYTHON) -m venv build/gpu/env
+	build/gpu/env/bin/python -m pip install --quiet --constraint constraints.txt numpy 'onnxruntime-gpu[cuda,cudnn]==1.31.1'
+	PYTHONPATH=packaging build/gpu/env/bin/python tests/bench_gpu.py run build/gpu --json build/gpu/bench.json
+
 bench-synth: setup ## one environment's synth against an empty app's, in turns (ENV=prod)
 	$(BIN)/python tests/bench_synth.py $(ENV)
 
@@ -73,6 +79,9 @@ docs: setup ## write docs/release.schema.json and the tables of docs/ that are m
 
 test: setup lint ## all tests, on a small profile of the real data
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
+
+test-gpu: setup ## training on this machine's GPU, held to the CPU's
+	CUDA_VISIBLE_DEVICES=0 $(BIN)/python -m pytest tests/test_device.py
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

@@ -172,11 +172,13 @@ class Artifact(Settings):
 
 
 class Machine(Settings):
-    """Say what a release was made on: `instructions` are those of serve.engine.KNOWN, `threads` torch's."""
+    """Say what a release was made on: `instructions` are those of serve.engine.KNOWN, `threads` torch's; `device` is where
+    the model was trained, cpu or a GPU's name."""
 
     architecture: str
     instructions: tuple[str, ...]
     threads: Annotated[int, Field(ge=1)]
+    device: str = "cpu"
 
 
 class Source(Settings):

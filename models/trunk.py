@@ -67,6 +67,11 @@ class TextTower(nn.Module):
         super().__init__()
         self.encoder = encoder
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.parameters()).device
+
     def forward(self, query_ids: Tensor, query_mask: Tensor) -> Tensor:
         """Return vectors [B, W] of token ids [B, L] with mask [B, L] (1 token, 0 padding)."""
         hidden = self.encoder(input_ids=query_ids, attention_mask=query_mask).last_hidden_state

@@ -12,6 +12,8 @@ from typing import Any
 
 # before anything imports the CDK: its bundled validator takes seconds, and cfn-lint runs in the tests of stacks
 os.environ.setdefault("CDK_VALIDATION", "false")
+# on a GPU sums are added up in any order, and some tests want the same bytes twice; `make test-gpu` says otherwise
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 # a user's surroundings mostly do not have it, and code that runs out of a bundle must not write into it
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a core of its own

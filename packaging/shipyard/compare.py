@@ -28,7 +28,7 @@ from shipyard import intervals, metrics
 from shipyard.queries import misspell, paraphrase
 from shipyard.stage import Record, Stage, write
 from shipyard.tower import encode, pretrain, train_tower
-from shipyard.train import Progress, peak_memory_mb, save
+from shipyard.train import Progress, device, peak_memory, save
 
 METHODS: tuple[str, ...] = get_args(Finetune.model_fields["method"].annotation)
 START = "start"
@@ -204,6 +204,7 @@ def tune(job: Job, progress: Progress) -> dict[str, Any]:
     tower, tokenizer = trunk.load_tower(job.base)
     if job.start is not None:
         tower.load_state_dict(load_file(job.start / "tower.safetensors"))
+    tower.to(device())
     weights, told = job.out / "tower.safetensors", job.out / "tower.json"
     phase, name = (train_tower, "tower") if job.start is not None else (pretrain, "mlm")
     if not weights.exists():
@@ -212,7 +213,7 @@ def tune(job: Job, progress: Progress) -> dict[str, Any]:
         if job.start is not None or job.profile.mlm_steps:
             resumed = checkpoint.exists()
             record = phase(tower, tokenizer, behaviour, job.config, job.profile, job.out, progress)
-            record |= {"memory_mb": peak_memory_mb(), "resumed": resumed}
+            record |= {**peak_memory(tower.device), "resumed": resumed}
         write(told, json.dumps(record))
         save(weights, tower.state_dict())
         checkpoint.unlink(missing_ok=True)

@@ -25,7 +25,7 @@ from shipyard.examples import Examples
 from shipyard.joint import Batches, Vectors, build_joint, load_vectors, train_joint
 from shipyard.queries import blur
 from shipyard.tower import encode, pretrain, train_tower
-from shipyard.train import Progress, peak_memory_mb, save
+from shipyard.train import Progress, device, device_name, peak_memory, save
 
 WAYS = 3
 """Ways to write each query that stage B sees: the path itself, and blurred ones."""
@@ -40,7 +40,8 @@ def finetune(
     out: Path,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Train on the data stage's output in `data`, from the encoder in the folder `base`, and write into `out`.
+    """Train on the data stage's output in `data`, from the encoder in the folder `base`, and write into `out`; on the
+    GPU where there is one.
 
     `weights` are the sub-models with their weight in the joint loss. Writes tower.safetensors, joint.safetensors,
     before.safetensors and after.safetensors (vectors by the untouched and by the tuned tower), tokenizer.json.
@@ -62,11 +63,14 @@ def finetune(
             allowed="purchases; a log of searches is enough for search alone",
             mend="add events (docs/data.md), or remove the sub-models from fleet.toml",
         )  # fmt: skip
+    where = device()
     tower, tokenizer = trunk.load_tower(base)
+    tower.to(where)
     before = _vectors(out / "before.safetensors", tower, tokenizer, behaviour, 1, progress, "encode, untouched")
     record: dict[str, Any] = {
         "method": config.method,
         "seed": config.seed,
+        "device": device_name(where),
         **tune_tower(tower, tokenizer, behaviour, config, profile, out, progress),
     }
     tokenizer.backend_tokenizer.save(str(out / "tokenizer.json"))
@@ -79,8 +83,11 @@ def finetune(
             f"finetune: {config.method} left the text tower as it was", value=record["vectors_moved"],
             allowed="a mean move of text vectors above 0.0001", mend="raise tower_steps or rank in fleet.toml",
         )  # fmt: skip
-    joint = build_joint(behaviour, after, config, tuple(weights))
+    joint = build_joint(behaviour, after, config, tuple(weights)).to(where)
     record["joint"] = train_joint(joint, behaviour, after, config, profile, weights, out, progress)
+    record["joint"] |= peak_memory(where)
+    # what is chosen and what is judged after this is the same wherever it was trained
+    joint.cpu()
     held = Examples(behaviour, VALIDATION, profile.validation_examples, tuple(weights))
     record["balance"] = balance(joint, {name: held.of(name) for name in weights}, after, progress)
     save(out / "joint.safetensors", joint.state_dict())
@@ -116,7 +123,7 @@ def tune_tower(
         weights, told = out / f"{name}.safetensors", out / f"{name}.json"
         if not weights.exists():
             found = phase(tower, tokenizer, behaviour, config, profile, out, progress)
-            found["memory_mb"] = peak_memory_mb()
+            found |= peak_memory(tower.device)
             _write_atomically(told, json.dumps(found))
             save(weights, tower.state_dict())
             (out / f"{name}.checkpoint.pt").unlink(missing_ok=True)

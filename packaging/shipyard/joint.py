@@ -133,10 +133,10 @@ class Batches:
         return views
 
 
-def request(view: View, text: Tensor | None) -> trunk.Request:
-    """Return a view as tensors, with the queries' vectors [B, W]."""
-    given = [torch.from_numpy(part) for part in (view.items, view.features, view.offers, view.strengths)]
-    return trunk.Request(given[0], given[1], given[2], given[3], text)
+def request(view: View, text: Tensor | None, device: torch.device | str = "cpu") -> trunk.Request:
+    """Return a view as tensors, with the queries' vectors [B, W], on a device."""
+    given = [torch.from_numpy(part).to(device) for part in (view.items, view.features, view.offers, view.strengths)]
+    return trunk.Request(given[0], given[1], given[2], given[3], None if text is None else text.to(device))
 
 
 @dataclass(frozen=True)
@@ -174,6 +174,7 @@ class Trainer:
         self, joint: trunk.Joint, behaviour: Behaviour, vectors: Vectors, weights: Mapping[str, float]
     ) -> None:
         self.joint, self.behaviour, self.vectors, self.weights = joint, behaviour, vectors, weights
+        self.device = joint.project.weight.device
         self.batches = Batches(behaviour, weights)
         self.modules = {name: submodel.load(name) for name in weights}
         for name, module in self.modules.items():
@@ -214,7 +215,7 @@ class Trainer:
     def losses(self, batch: tuple[Any, ...]) -> dict[str, Tensor]:
         """Return the loss of each sub-model on a batch."""
         views, text, columns = batch
-        tables = {level: self.joint.table(level, torch.from_numpy(found.rows)) for level, found in columns.items()}
+        tables = {level: self.joint.table(level, self._given(found.rows)) for level, found in columns.items()}
         logits: dict[str, Tensor] = {}
         kept: dict[str, Ints] = {}
         found: dict[str, Tensor] = {}
@@ -224,25 +225,29 @@ class Trainer:
             kept[name] = np.flatnonzero(own)
             seen = np.zeros(len(self.batches.rows[name]) + 1, np.int64)  # own row -> column, 0 for none
             seen[own[kept[name]]] = np.arange(1, len(kept[name]) + 1)
-            some = tables[level][torch.from_numpy(np.r_[0, kept[name] + 1])]
-            weight = torch.from_numpy(columns[level].log_weight[kept[name]])
-            bias = self.joint.bias[name][torch.from_numpy(own[kept[name]] - 1)]
-            baked = self.joint.bake(name, some, bias, torch.from_numpy(columns[level].rows[kept[name]]))
+            some = tables[level][self._given(np.r_[0, kept[name] + 1])]
+            weight = self._given(columns[level].log_weight[kept[name]])
+            bias = self.joint.bias[name][self._given(own[kept[name]] - 1)]
+            baked = self.joint.bake(name, some, bias, self._given(columns[level].rows[kept[name]]))
             offers, strengths = _fewer(seen[view.offers], view.strengths)
-            asked = request(replace(view, items=seen[view.items], offers=offers, strengths=strengths), text[name])
+            seen_view = replace(view, items=seen[view.items], offers=offers, strengths=strengths)
+            asked = request(seen_view, text[name], self.device)
             logits[name] = self.joint(name, baked, asked)
             # a column that was sampled stands for several
             weighted = logits[name] + nn.functional.pad(weight, (1, 0))
-            right = torch.from_numpy(seen[view.answer(module.ANSWER)])
-            gains = None if view.gains is None else torch.from_numpy(view.gains)
+            right = self._given(seen[view.answer(module.ANSWER)])
+            gains = None if view.gains is None else self._given(view.gains)
             found[name] = listwise(weighted, right, gains) + among_history(logits[name], asked.items, right)
             if module.TEACHER is not None:
-                shared = torch.from_numpy(1 + np.searchsorted(kept[module.TEACHER], kept[name]))
+                shared = self._given(1 + np.searchsorted(kept[module.TEACHER], kept[name]))
                 target = (logits[module.TEACHER].detach()[:, shared] + weight).softmax(1)
                 found[name] = found[name] + nn.functional.kl_div(
                     weighted[:, 1:].log_softmax(1), target, reduction="batchmean"
                 )
         return found
+
+    def _given(self, array: Ints | Floats) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
 
 
 def _fewer(offers: Ints, strengths: Floats) -> tuple[Ints, Floats]:
@@ -306,7 +311,7 @@ def train_joint(
             if step + 1 < profile.joint_steps:
                 waiting[step + 1] = ahead.submit(draw, step + 1)
             found = trainer.losses(batch)
-            return sum((weights[name] * loss for name, loss in found.items()), torch.zeros(()))
+            return sum((weights[name] * loss for name, loss in found.items()), torch.zeros((), device=trainer.device))
 
         def validation() -> dict[str, float]:
             parts = [trainer.losses(batch) for batch in fixed]

@@ -27,9 +27,11 @@ from shipyard.upload import open_store, upload
 
 VARIES = {
     "finetune": "torch adds up by thread: the singular vectors that the projection starts from and the gradients of layer "
-    "norms follow the number of threads; with more than one the projection's gradient differs between two runs"
+    "norms follow the number of threads; with more than one the projection's gradient differs between two runs, and on a "
+    "GPU every sum may"
 }
-"""Stages whose output the number of threads decides too, and why; torch's deterministic algorithms change none of it."""
+"""Stages whose output the device and the number of threads decide too, and why; torch's deterministic algorithms change
+none of it."""
 
 
 def release(line: Line, key: Signer, store_uri: str) -> tuple[Path, Release]:
@@ -94,7 +96,8 @@ def _body(line: Line, artifacts: Mapping[str, Mapping[str, Any]]) -> dict[str, A
             "environment_sha256": None if lock is None else sha256_file(lock),
             "code_sha256": digest({name: sha256_file(path) for name, path in sources.items()}),
             "libraries": libraries,
-            "machine": machine | {"threads": importlib.import_module("torch").get_num_threads()},
+            "machine": machine
+            | {"threads": importlib.import_module("torch").get_num_threads(), "device": line.finetune.said["device"]},
             "varies": VARIES,
         },
         "submodels": submodels,

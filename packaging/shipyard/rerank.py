@@ -30,7 +30,7 @@ from shipyard.examples import Answered, Cut, Examples, answer, load_joint
 from shipyard.export import OPSET, TOLERANCE, check_graph, open_session, save_graph
 from shipyard.forms import to_fp16
 from shipyard.stage import write
-from shipyard.train import Progress, Training, save
+from shipyard.train import Progress, Training, device, device_name, peak_memory, save
 
 DEPTH = 30
 """Products that are ranked again."""
@@ -128,16 +128,18 @@ def rerank(
     tower, tokenizer = trunk.load_tower(base)
     tower.load_state_dict(load_file(finetuned / "tower.safetensors"))
     torch.manual_seed(config.seed)
-    model = CrossEncoder(tower.encoder)
+    where = device()
+    model = CrossEncoder(tower.encoder).to(where)
     weights = out / "rerank.safetensors"
     if not weights.exists():
         record = train(model, tokenizer, lists[TRAIN], held, config, profile, out, progress)
+        record |= {"device": device_name(where), **peak_memory(where)}
         write(out / "training.json", json.dumps(record))
         save(weights, model.state_dict())
         (out / "rerank.checkpoint.pt").unlink(missing_ok=True)
     model.load_state_dict(load_file(weights))
     file = out / "rerank.onnx"
-    parity = to_onnx(model.eval(), tokenizer, held, file)
+    parity = to_onnx(model.cpu().eval(), tokenizer, held, file)
     plain = read(open_session(file), tokenizer, held, progress, "validation")
     values = {weight: held.ndcg(plain, weight) for weight in WEIGHTS}
     # of equal ones the least
@@ -180,11 +182,13 @@ def train(
 ) -> dict[str, Any]:  # fmt: skip
     """Train in place on lists of the train period; the weights that are best on `held` are kept."""
     size = max(1, profile.tower_batch // LIST)
+    where = next(model.parameters()).device
 
     def loss_on(of: Lists, lines: Ints, rng: np.random.Generator) -> Tensor:
         rows, worth = of.draw(lines, rng)
-        scores = model(*of.pairs(tokenizer, lines, rows)).reshape(rows.shape)
-        return -(scores.log_softmax(1) * torch.from_numpy(worth)).sum(1).mean()
+        ids, mask = of.pairs(tokenizer, lines, rows)
+        scores = model(ids.to(where), mask.to(where)).reshape(rows.shape)
+        return -(scores.log_softmax(1) * torch.from_numpy(worth).to(where)).sum(1).mean()
 
     def loss_of(step: int) -> Tensor:
         rng = np.random.default_rng([config.seed, 5, step])

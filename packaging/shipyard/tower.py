@@ -38,6 +38,11 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[Tens
     return tokens["input_ids"], tokens["attention_mask"]
 
 
+def _tokens(tower: trunk.TextTower, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[Tensor, Tensor]:
+    ids, mask = tokenise(tokenizer, texts)
+    return ids.to(tower.device), mask.to(tower.device)
+
+
 def encode(
     tower: trunk.TextTower, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], progress: Progress, what: str
 ) -> Tensor:
@@ -48,7 +53,7 @@ def encode(
     vectors = torch.empty(len(once), tower.encoder.config.hidden_size)
     with torch.inference_mode():
         for k in range(0, len(once), 128):
-            vectors[k : k + 128] = tower(*tokenise(tokenizer, once[k : k + 128]))
+            vectors[k : k + 128] = tower(*_tokens(tower, tokenizer, once[k : k + 128]))
             progress(what, min(k + 128, len(once)), len(once))
     line = {text: k for k, text in enumerate(once)}
     return vectors[[line[text] for text in texts]]
@@ -134,7 +139,7 @@ def pretrain(
     words: Tensor = tower.encoder.get_input_embeddings().weight  # type: ignore[assignment]
     width = words.shape[1]
     torch.manual_seed(config.seed)
-    head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
+    head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width)).to(tower.device)
     model = nn.ModuleDict({"tower": tower, "head": head})
     baskets = {period: _several(behaviour, period) for period in (TRAIN, VALIDATION)}
 
@@ -151,8 +156,9 @@ def pretrain(
         shown = torch.where(hidden & (draw < 0.8 * MASKED), mask, ids)
         exchanged = torch.from_numpy(rng.integers(0, len(words), ids.shape))
         shown = torch.where(hidden & (draw >= 0.9 * MASKED), exchanged, shown)
-        state = tower.encoder(input_ids=shown, attention_mask=given).last_hidden_state[hidden]
-        return nn.functional.cross_entropy(head(state) @ words.T, ids[hidden])
+        shown, given, right = (part.to(tower.device) for part in (shown, given, ids[hidden]))
+        state = tower.encoder(input_ids=shown, attention_mask=given).last_hidden_state[hidden.to(tower.device)]
+        return nn.functional.cross_entropy(head(state) @ words.T, right)
 
     def loss_of(step: int) -> Tensor:
         return loss_on(TRAIN, np.random.default_rng([config.seed, 4, step]), profile.tower_batch)
@@ -180,7 +186,8 @@ def _contrast_of(
     behaviour: Behaviour, tower: trunk.TextTower, tokenizer: PreTrainedTokenizerBase, pairs: Pairs
 ) -> Callable[[], Tensor]:
     """Return the contrastive loss over pairs as a function."""
-    wanted, found = tokenise(tokenizer, pairs.queries), tokenise(tokenizer, [behaviour.texts[t] for t in pairs.texts])
+    wanted = _tokens(tower, tokenizer, pairs.queries)
+    found = _tokens(tower, tokenizer, [behaviour.texts[t] for t in pairs.texts])
     texts, n = pairs.texts, pairs.together
 
     def loss() -> Tensor:
@@ -216,7 +223,7 @@ def _merge(
 ) -> dict[str, Any]:
     """Merge the adapter into the encoder and check that the outputs stay (peft can be a silent no-op)."""
     tower.eval()
-    tokens = tokenise(tokenizer, behaviour.texts[:64])
+    tokens = _tokens(tower, tokenizer, behaviour.texts[:64])
     record: dict[str, Any] = {}
     if config.method == "adalora":
         ranks = adapted.peft_config["default"].rank_pattern or {}  # type: ignore[attr-defined]
@@ -244,7 +251,7 @@ def _orthogonality(encoder: nn.Module) -> Tensor:
     for name, p in encoder.named_parameters():
         if "lora_A" in name or "lora_B" in name:
             gram = p @ p.T if "lora_A" in name else p.T @ p
-            terms.append((gram - torch.eye(len(gram))).norm())
+            terms.append((gram - torch.eye(len(gram), device=gram.device)).norm())
     return torch.stack(terms).mean()
 
 
@@ -286,6 +293,7 @@ def _pairs(behaviour: Behaviour, period: int, n: int, rng: np.random.Generator, 
 def _contrast(similarity: Tensor, left: Ints, right: Ints) -> Tensor:
     """Return InfoNCE both ways over similarity [n, n]; pairs that share an id on one side are no negatives."""
     same = (left[:, None] == left[None, :]) | (right[:, None] == right[None, :])
-    logits = (similarity / TEMPERATURE).masked_fill(torch.from_numpy(same & ~np.eye(len(left), dtype=bool)), -1e4)
-    target = torch.arange(len(left))
+    none = torch.from_numpy(same & ~np.eye(len(left), dtype=bool)).to(similarity.device)
+    logits = (similarity / TEMPERATURE).masked_fill(none, -1e4)
+    target = torch.arange(len(left), device=similarity.device)
     return (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)) / 2

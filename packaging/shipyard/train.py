@@ -22,6 +22,19 @@ Progress = Callable[[str, int, int], None]
 CHECKPOINT_SECONDS = 15.0
 
 
+def device() -> torch.device:
+    """Return where to train: the first GPU that PyTorch sees, otherwise the CPU.
+
+    An empty CUDA_VISIBLE_DEVICES keeps training on the CPU.
+    """
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a record calls a device: the card's name, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 @dataclass
 class Course:
     """What a training has seen so far: the loss of each step, and validation's as (step, value), the lower the better."""
@@ -78,7 +91,8 @@ class Training:
         file = out / f"{self.name}.checkpoint.pt"
         course = Course()
         if file.exists():
-            state = torch.load(file, weights_only=True)
+            # it may have been written on another device
+            state = torch.load(file, weights_only=True, map_location="cpu")
             self.module.load_state_dict(state["module"])
             optimiser.load_state_dict(state["optimiser"])
             schedule.load_state_dict(state["schedule"])
@@ -172,6 +186,15 @@ def save(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors so that a kill leaves the old file or the new one, never a part."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file.with_suffix(".tmp"))
     file.with_suffix(".tmp").replace(file)
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Return the peak of this process's memory for a record; on a GPU also the card's, since it was last asked for."""
+    found = {"memory_mb": peak_memory_mb()}
+    if device.type == "cuda":
+        found["gpu_memory_mb"] = round(torch.cuda.max_memory_allocated(device) / (1 << 20))
+        torch.cuda.reset_peak_memory_stats(device)
+    return found
 
 
 def peak_memory_mb() -> int:

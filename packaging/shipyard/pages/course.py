@@ -59,9 +59,12 @@ def training(record: Mapping[str, Any]) -> str:
             f"{number(found.get('loss_first'))} → {number(found.get('loss_last'))}",
             f"{number(curve[0] if before is None and curve else before)} → "
             f"{number(min(curve) if after is None and curve else after)}",
-            whole(found.get("parameters_trained")), number(found.get("seconds"), ".0f"), whole(found.get("memory_mb")),
+            whole(found.get("parameters_trained")), number(found.get("seconds"), ".0f"),
+            whole(found.get("memory_mb")) + (f" + {whole(card)} on the GPU" if (card := found.get("gpu_memory_mb")) else ""),
         ])  # fmt: skip
     tower, moved = record.get("tower") or {}, []
+    if isinstance(record.get("device"), str):
+        moved.append(f"trained on {record['device']}")
     if finite(tower.get("weights_moved")) is not None:
         moved.append(f"trained parameters moved by {number(tower['weights_moved'], '.2f')} (Euclidean norm)")
     if finite(record.get("vectors_moved")) is not None:
