@@ -24,7 +24,7 @@ from serve.trust import MANIFEST, load_keys
 from shipyard.bundle import component_version, write_zip
 from shipyard.console import Reporter
 from shipyard.edge import command as edge
-from shipyard.edge import components, devices, rollout
+from shipyard.edge import components, deployments, devices, rollout
 from shipyard.edge.devices import Clients
 from shipyard.edge.lock import lock
 from shipyard.edge.merge import Terms
@@ -212,6 +212,15 @@ def test_publish_makes_a_delta_from_each_other_release(aws):
     assert aws.publish(after, before)[1] == deltas
 
 
+def test_a_base_that_is_damaged_here_makes_no_delta(aws):
+    before, after = aws.made.release(1), aws.made.release(2)
+    [model, _] = before.artifacts
+    archive = aws.made.root / model.key / model.files[0].path
+    for damaged in (b"no archive", (aws.made.root / after.artifacts[0].key / f"{NAME}.zip").read_bytes()):
+        archive.write_bytes(damaged)
+        assert aws.publish(after, before)[1] == {}
+
+
 def test_throttling_is_tried_again(aws):
     aws.endpoint.faults = [Refused("ThrottlingException", 429)] * 2
     assert len(aws.publish(aws.made.release(1))[0]["created"]) == 2
@@ -246,6 +255,10 @@ def test_a_version_that_somebody_else_made_is_an_error(aws):
     aws.publish(found)
     for version in aws.endpoint.versions.values():
         version["recipe"]["Manifests"][0]["Artifacts"][0]["Digest"] = "AAAA"
+    with pytest.raises(ShipyardError, match="Greengrass holds another content"):
+        aws.publish(found)
+    for version in aws.endpoint.versions.values():
+        del version["recipe"]["Manifests"][0]["Artifacts"]
     with pytest.raises(ShipyardError, match="Greengrass holds another content"):
         aws.publish(found)
 
@@ -411,7 +424,7 @@ def test_what_a_device_is_told_is_what_it_reads(aws):
 
 def test_deployments_are_as_the_stack_makes_them(aws):
     """The stack's deployment, in the API's form, passes the same check."""
-    pinned = rollout.deployment(aws.made.release(1), ENV.edge, "ssh-ed25519 AAAA")
+    pinned = deployments.deployment(aws.made.release(1), ENV.edge, "ssh-ed25519 AAAA")
     configuration = json.loads(pinned["shipyard.edge-runtime"]["configurationUpdate"]["merge"])
     assert configuration.keys() == {"models", "trustedKey"} and "@" not in configuration["models"]
 

@@ -10,6 +10,7 @@ from serve.greengrass.words import SHADOW, read_told
 from shipyard.console import Reporter
 from shipyard.edge import command as edge
 from shipyard.edge import components, devices, rollout
+from shipyard.edge.deployments import latest, target
 from shipyard.edge.merge import Terms
 from shipyard.edge.reports import read_report
 from tests.test_edge_cloud import BUCKET, ENV, NAME, WHERE, aws  # noqa: F401 -- a fixture
@@ -112,6 +113,27 @@ def test_the_fleet_is_told_above_what_it_heard_while_the_canaries_were_tried(aws
     assert devices.look(aws.clients, thing).told.generation > 40
 
 
+def test_a_rollout_that_goes_on_cancels_the_deployment_that_it_found_and_no_other(aws):  # noqa: F811
+    one, two = aws.made.release(1), aws.made.release(2)
+    serve_all(aws, one)
+    aws.publish(two)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        aws.rollout(two, then=interrupted)
+    with pytest.raises(ShipyardError, match="canaries failed"):
+        aws.rollout(two, then=lambda: aws.canaries(fault="golden answer 0 differs"))
+    arn = target(CANARIES, **WHERE)
+    assert latest(aws.clients.greengrass, arn)["deploymentStatus"] == "CANCELED"
+    with pytest.raises(ShipyardError, match="told otherwise"):
+        aws.rollout(two, then=lambda: aws.rollout(one, canary=False))
+    assert aws.endpoint.calls.count("CancelDeployment") == 1
+    back = latest(aws.clients.greengrass, arn)
+    assert back["deploymentStatus"] == "ACTIVE" and back["deploymentName"].startswith(f"{CANARIES} {one.version}")
+
+
 def _desired(aws, thing):  # noqa: F811
     answer = aws.clients.shadows.get_thing_shadow(thingName=thing, shadowName=SHADOW)
     return json.loads(answer["payload"].read())["state"]["desired"]["told"]
@@ -166,7 +188,8 @@ def test_devices_that_a_rollout_did_not_reach_any_more_are_behind(aws):  # noqa:
     serve_all(aws, one)
     aws.publish(two)
     first, *rest = devices.things(aws.clients, FLEET)
-    rollout.tell(aws.clients, devices.look(aws.clients, first), two, 2, {})
+    aws.device(rest[0], fault="of the word before")
+    rollout.tell(aws.clients, devices.look(aws.clients, first), two, 9, {})
     aws.device(first)
     assert devices.status(aws.clients, ENV)["fleet"]["devices"] == {
         "in step": 1, "behind": len(rest), "silent": 0, "failed": 0,

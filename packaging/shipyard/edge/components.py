@@ -17,6 +17,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from models.release import Artifact, Release
 from serve.errors import ShipyardError
+from serve.files import sha256_file
 from serve.greengrass.delta import make_delta
 from serve.greengrass.words import Delta, Pointer, delta_key
 from shipyard.edge.lock import component, edge_artifacts, recipe_of
@@ -83,7 +84,7 @@ def _compare(text: bytes, artifact: Artifact, bucket: str) -> None:
         for file in artifact.files
     }
     recipe = json.loads(text)
-    found = {a.get("Uri", a.get("URI")): a.get("Digest") for m in recipe["Manifests"] for a in m["Artifacts"]}
+    found = {a.get("Uri", a.get("URI")): a.get("Digest") for m in recipe["Manifests"] for a in m.get("Artifacts", ())}
     if recipe["ComponentVersion"] != version or found != wanted:
         raise ShipyardError(
             f"edge: {name} {version}: Greengrass holds another content", value=str(found)[:300], allowed=str(wanted)[:300],
@@ -100,8 +101,8 @@ def pointer(artifact: Artifact) -> Pointer:
 def publish_deltas(found: Release, others: list[Release], local: Path, store: Store) -> dict[str, dict[str, Delta]]:
     """Make and upload the patches that lead from other releases' models to this one's, where they are the smaller.
 
-    Archives come from `local`, the folder in a bucket's layout where releases were made; a base that is not there any more
-    only means that its devices take the full archive.
+    Archives come from `local`, the folder in a bucket's layout where releases were made; a base that is not there any more,
+    or is damaged, only means that its devices take the full archive.
 
     Returns:
         The deltas by model and base.
@@ -113,6 +114,8 @@ def publish_deltas(found: Release, others: list[Release], local: Path, store: St
         for base in bases:
             archive = local / base.key / base.files[0].path
             if base.manifest == artifact.manifest or not archive.is_file() or not target.is_file():
+                continue
+            if sha256_file(archive) != base.files[0].sha256:
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 with zipfile.ZipFile(archive) as stream:

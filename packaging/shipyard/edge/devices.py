@@ -16,6 +16,7 @@ from serve.greengrass.recipe import RUNTIME_COMPONENT
 from serve.greengrass.telemetry import total
 from serve.greengrass.words import SHADOW, Told, read_told
 from shipyard.edge.components import MEND, call
+from shipyard.edge.deployments import latest, target
 from shipyard.edge.reports import read_report
 
 Standing = Literal["in step", "behind", "silent", "failed"]
@@ -60,12 +61,12 @@ class Seen:
         return max(self.report.get("floor", 0), 0 if self.told is None else self.told.generation)
 
     def standing(self, models: Mapping[str, str], runtime: str | None) -> Standing:
-        """Return where it stands towards digests by model and a runtime's version, which None leaves open.
+        """Return where it stands towards a word's digests by model and a runtime's version, which None leaves open.
 
         Failed comes before silent, for that is its last word; what the runtime before failed at, the next one may do.
         """
         runs = runtime in (None, self.report.get("runtime"))
-        if self.refused and runs:
+        if self.refused and runs and manifests(self.told) == models:
             return "failed"
         if not (self.report or self.unread) or self.age_s > SILENT_S:
             return "silent"
@@ -88,20 +89,6 @@ def manifests(told: Told | None) -> dict[str, str]:
 def groups(settings: EdgeSettings) -> dict[str, str]:
     """Return the thing groups of an environment, in the order of a rollout."""
     return {"canary": f"{settings.thing_group}-canary", "fleet": settings.thing_group}
-
-
-def target(group: str, account: str, region: str) -> str:
-    """Return the ARN of a thing group, as a deployment names it."""
-    return f"arn:aws:iot:{region}:{account}:thinggroup/{group}"
-
-
-def latest(clients: Clients, arn: str) -> Mapping[str, Any]:
-    """Return the latest deployment of a target; nothing where there is none."""
-    found = call(clients.greengrass.list_deployments, targetArn=arn, historyFilter="LATEST_ONLY")["deployments"]
-    if not found:
-        return {}
-    made: Mapping[str, Any] = call(clients.greengrass.get_deployment, deploymentId=found[0]["deploymentId"])
-    return made
 
 
 def things(clients: Clients, group: str) -> list[str]:
@@ -162,7 +149,7 @@ def status(clients: Clients, env: Environment) -> dict[str, Any]:
         seen = look_all(clients, things(clients, group))
         words = [device.told for device in seen if device.told is not None]
         models = manifests(max(words, key=lambda word: word.generation, default=None))
-        deployed = latest(clients, target(group, env.account, env.region)).get("components", {})
+        deployed = latest(clients.greengrass, target(group, env.account, env.region)).get("components", {})
         version = deployed.get(RUNTIME_COMPONENT, {}).get("componentVersion")
         standings: dict[Standing, int] = {"in step": 0, "behind": 0, "silent": 0, "failed": 0}
         faults = {}

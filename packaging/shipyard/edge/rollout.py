@@ -7,7 +7,7 @@ deployment brings code and the models that a new device begins with.
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from models.config import EdgeSettings
@@ -15,11 +15,9 @@ from models.release import Release
 from serve.errors import ShipyardError
 from serve.greengrass.words import SHADOW, Delta, Pointer, Told, write_told
 from shipyard.edge.components import call, pointer
-from shipyard.edge.devices import Clients, Seen, groups, latest, look_all, manifests, target, things
-from shipyard.edge.lock import component, edge_artifacts
-
-NUCLEUS = "aws.greengrass.Nucleus"
-TOKEN_EXCHANGE = "aws.greengrass.TokenExchangeService"  # noqa: S105 -- a component's name
+from shipyard.edge.deployments import cancel, deploy, deployment, history, target
+from shipyard.edge.devices import Clients, Seen, groups, look_all, manifests, things
+from shipyard.edge.lock import component
 
 BACK = " back"
 """Ends the name of a deployment that is a way back, so that the same command again does not go forward."""
@@ -58,62 +56,6 @@ def tell(clients: Clients, seen: Seen, found: Release, generation: int, deltas: 
     return True
 
 
-def deployment(found: Release, settings: EdgeSettings, trusted_key: str) -> dict[str, Any]:
-    """Return the components that a release deploys, each pinned, the nucleus too, with the runtime's configuration."""
-    models = " ".join(a.template["model"].replace("@ATTESTATION@", a.attestation) for a in found.of("greengrass-model"))
-    configuration = {"models": models, "trustedKey": trusted_key}
-    pinned: dict[str, Any] = {
-        NUCLEUS: {
-            "componentVersion": settings.nucleus_version,
-            "configurationUpdate": {"merge": json.dumps({"interpolateComponentConfiguration": True})},
-        },
-        TOKEN_EXCHANGE: {"componentVersion": settings.token_exchange_version},
-    }
-    for artifact in edge_artifacts(found):
-        name, version = component(artifact)
-        pinned[name] = {"componentVersion": version}
-        if artifact.kind == "greengrass-runtime":
-            pinned[name]["configurationUpdate"] = {"merge": json.dumps(configuration, sort_keys=True)}
-    return pinned
-
-
-def deploy(clients: Clients, arn: str, name: str, components: dict[str, Any], settings: EdgeSettings) -> str | None:
-    """Create the deployment of a thing group, unless its latest one is the same; return its id, or None."""
-    there = latest(clients, arn)
-    if there.get("components") == components and there["deploymentStatus"] in ("ACTIVE", "COMPLETED"):
-        return None
-    made = call(
-        clients.greengrass.create_deployment,
-        targetArn=arn,
-        deploymentName=name,
-        components=components,
-        deploymentPolicies={"failureHandlingPolicy": "ROLLBACK"},
-        iotJobConfiguration={
-            "jobExecutionsRolloutConfig": {
-                "exponentialRate": {
-                    "baseRatePerMinute": settings.rollout_per_minute,
-                    "incrementFactor": 2.0,
-                    "rateIncreaseCriteria": {"numberOfSucceededThings": settings.rollout_per_minute},
-                },
-                "maximumPerMinute": 1000,
-            },
-            "abortConfig": {
-                "criteriaList": [
-                    {
-                        "failureType": "FAILED",
-                        "action": "CANCEL",
-                        "thresholdPercentage": settings.abort_percent,
-                        "minNumberOfExecutedThings": settings.abort_after,
-                    }
-                ]
-            },
-            "timeoutConfig": {"inProgressTimeoutInMinutes": settings.timeout_minutes},
-        },
-    )
-    identifier: str = made["deploymentId"]
-    return identifier
-
-
 def rollout(
     clients: Clients, found: Release, settings: EdgeSettings, deltas: Deltas, *, account: str, region: str, trusted_key: str,
     said: Callable[[str], None], canary: bool = True, wait: float = 3600.0, pause: float = 10.0,
@@ -121,14 +63,14 @@ def rollout(
     """Bring a release to the canary group, wait for its devices' own word, then bring it to the fleet.
 
     Each canary has to serve the release's models by the release's runtime. Without `canary` both groups follow at once, as a
-    rollback wants it. The same release twice does nothing.
+    rollback wants it. The same release twice does nothing but tell again those who refused it.
 
     Returns:
         Deployments made and devices told, by group.
 
     Raises:
-        ShipyardError: more devices failed than `abort_percent` allows, the canaries did not answer in `wait` seconds, or
-            there is no canary to ask.
+        ShipyardError: more devices failed than `abort_percent` allows, the canaries did not answer in `wait` seconds or
+            were told of another release meanwhile, or there is no canary to ask.
     """
     made: dict[str, Any] = {}
     components = deployment(found, settings, trusted_key)
@@ -143,13 +85,16 @@ def rollout(
     for label, group in groups(settings).items():
         generation = _next(seen)
         name = f"{group} {found.version}" + ("" if canary else BACK)
-        identifier = deploy(clients, target(group, account, region), name, components, settings)
+        identifier = deploy(clients.greengrass, target(group, account, region), name, components, settings)
         count = sum(tell(clients, device, found, generation, deltas) for device in seen[label])
         made[label] = {"deployment": identifier, "told": count}
         said(f"{label}: {'a new deployment' if identifier else 'no new deployment'}, {count} devices told")
         if label == "canary" and canary:
             names = [device.thing for device in seen[label]]
-            _judge(clients, names, found, generation, settings, identifier, said, wait, pause)
+            fault = _judge(clients, names, found, generation, settings, said, wait, pause)
+            if fault is not None:
+                cancel(clients.greengrass, target(group, account, region), components)
+                raise fault
             # that may have taken an hour: devices came and went, and others may have spoken to them
             seen = _look(clients, settings)
     return {"version": found.version, "generation": generation, **made}
@@ -170,10 +115,10 @@ def _runtime(found: Release) -> str | None:
 
 
 def _judge(
-    clients: Clients, names: list[str], found: Release, generation: int, settings: EdgeSettings, identifier: str | None,
+    clients: Clients, names: list[str], found: Release, generation: int, settings: EdgeSettings,
     said: Callable[[str], None], wait: float, pause: float,
-) -> None:  # fmt: skip
-    """Wait until every canary serves a release by its runtime; end the deployment where too many say that they cannot."""
+) -> ShipyardError | None:  # fmt: skip
+    """Wait until every canary serves a release by its runtime; return why it may not go on, if so."""
     models, runtime = {name: told.manifest for name, told in wanted(found).items()}, _runtime(found)
     until = time.monotonic() + wait
     while True:
@@ -183,14 +128,16 @@ def _judge(
         later = [device for device in seen if device.told is not None and device.told.generation > generation]
         others = [device.thing for device in later if manifests(device.told) != models]
         if others:
-            what, value = "canaries were told otherwise meanwhile", ", ".join(others[:3])
-            break
+            return ShipyardError(
+                "edge: canaries were told otherwise meanwhile; the fleet was left as it is", value=", ".join(others[:3]),
+                mend="see who else rolls out or back; shipyard edge status tells where the devices stand",
+            )  # fmt: skip
         if names and 100 * failed / len(names) >= settings.abort_percent:
             what, value = "canaries failed", f"{failed} of {len(names)}"
             break
         if failed + good == len(names):
             said(f"canary: {good} of {len(names)} devices in step")
-            return
+            return None
         if time.monotonic() > until:
             what, value = "canaries did not come in step", f"{good} of {len(names)} in {wait:.0f} s"
             # models alone do not tell whether a device runs the new code: a release may bring nothing else
@@ -198,9 +145,7 @@ def _judge(
                 value += f", {late} by another runtime than {runtime}"
             break
         time.sleep(pause)
-    if identifier is not None:
-        call(clients.greengrass.cancel_deployment, deploymentId=identifier)
-    raise ShipyardError(
+    return ShipyardError(
         f"edge: {what}; the fleet was left as it is", value=value, allowed=f"less than {settings.abort_percent} %",
         mend="shipyard edge status tells why; shipyard edge rollback brings the canaries back",
     )  # fmt: skip
@@ -217,7 +162,7 @@ def before(clients: Clients, settings: EdgeSettings, *, account: str, region: st
     ran = {
         label: [
             name.removeprefix(f"{group} ")
-            for entry in _history(clients, target(group, account, region))
+            for entry in history(clients.greengrass, target(group, account, region))
             if (name := entry.get("deploymentName", "")).startswith(f"{group} ")
         ]
         for label, group in groups(settings).items()
@@ -232,10 +177,3 @@ def before(clients: Clients, settings: EdgeSettings, *, account: str, region: st
             mend="name one: edge rollback VERSION",
         )  # fmt: skip
     return earlier[0]
-
-
-def _history(clients: Clients, arn: str) -> Iterator[Mapping[str, Any]]:
-    """Yield the deployments of a target, the latest first."""
-    pages = clients.greengrass.get_paginator("list_deployments").paginate(targetArn=arn, historyFilter="ALL")
-    found = [entry for page in call(lambda: list(pages)) for entry in page["deployments"]]
-    yield from sorted(found, key=lambda entry: entry["creationTimestamp"], reverse=True)
