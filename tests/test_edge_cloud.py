@@ -148,9 +148,15 @@ class Aws:
             progress=lambda *_: None, pause=0,
         )  # fmt: skip
 
-    def rollout(self, found, deltas=None, wait=0.0, settings=ENV.edge, canary=True):
+    def rollout(self, found, deltas=None, wait=0.0, settings=ENV.edge, canary=True, then=lambda: None):
+        """Roll out; `then` is done once the canaries were told, before they are looked at."""
+
+        def said(line):
+            if line.startswith("canary: ") and line.endswith(" told"):
+                then()
+
         return rollout.rollout(
-            self.clients, found, settings, deltas or {}, **WHERE, trusted_key="ssh-ed25519 AAAA", said=lambda _: None,
+            self.clients, found, settings, deltas or {}, **WHERE, trusted_key="ssh-ed25519 AAAA", said=said,
             canary=canary, wait=wait, pause=0,
         )  # fmt: skip
 
@@ -290,15 +296,12 @@ def test_a_rollout_ends_where_canaries_fail_and_a_rollback_brings_them_back(aws)
     aws.canaries()
     aws.rollout(one)
     _, deltas = aws.publish(two, one)
-    with pytest.raises(ShipyardError):
-        aws.rollout(two, deltas)
+    with pytest.raises(ShipyardError, match=r"canaries failed; .*value: '2 of 2'"):
+        aws.rollout(two, deltas, then=lambda: aws.canaries(fault="generation 2: golden answer 0 differs"))
     canary = f"{ENV.edge.thing_group}-canary-0"
     wanted = devices.look(aws.clients, canary).told.models[NAME]
     assert wanted.delta == deltas[NAME][one.artifacts[0].manifest]  # from what this device serves
-    aws.canaries(fault="generation 2: golden answer 0 differs")
-    with pytest.raises(ShipyardError, match=r"canaries failed; .*value: '2 of 2'"):
-        aws.rollout(two, deltas)
-    told = devices.status(aws.clients, ENV.edge)
+    told = devices.status(aws.clients, ENV)
     assert told["canary"]["devices"] == {"in step": 0, "behind": 0, "silent": 0, "failed": 2}
     assert set(told["canary"]["faults"].values()) == {"generation 2: golden answer 0 differs"}
     assert told["fleet"]["devices"]["silent"] == 3  # they never spoke
@@ -311,7 +314,7 @@ def test_a_rollout_ends_where_canaries_fail_and_a_rollback_brings_them_back(aws)
     back = devices.look(aws.clients, canary).told
     assert back.generation == said["generation"] > 2 and back.models[NAME].manifest == one.artifacts[0].manifest
     aws.canaries()
-    assert devices.status(aws.clients, ENV.edge)["canary"]["devices"]["in step"] == 2
+    assert devices.status(aws.clients, ENV)["canary"]["devices"]["in step"] == 2
 
 
 def test_a_release_of_another_runtime_alone_waits_until_the_canaries_run_it(aws):
@@ -365,10 +368,10 @@ def test_status_tells_who_is_behind_and_who_is_silent(aws, monkeypatch):
     fleet = devices.things(aws.clients, ENV.edge.thing_group)
     aws.device(fleet[0])
     aws.device(fleet[1], echo=False)
-    standing = devices.status(aws.clients, ENV.edge)["fleet"]["devices"]
+    standing = devices.status(aws.clients, ENV)["fleet"]["devices"]
     assert standing == {"in step": 1, "behind": 1, "silent": 1, "failed": 0}
     monkeypatch.setattr(devices, "SILENT_S", -1)
-    assert devices.status(aws.clients, ENV.edge)["fleet"]["devices"]["silent"] == 3
+    assert devices.status(aws.clients, ENV)["fleet"]["devices"]["silent"] == 3
 
 
 def test_what_devices_have_learned_is_merged_once(aws, capsys):
@@ -380,7 +383,7 @@ def test_what_devices_have_learned_is_merged_once(aws, capsys):
         aws.device(thing, learned=[1.2, 0.1 * number, 100])
     terms = Terms(devices=5, evidence=100)
     # the totals of all devices, beside where they stand
-    counted = devices.status(aws.clients, ENV.edge)
+    counted = devices.status(aws.clients, ENV)
     assert [counted[label]["totals"][NAME]["requests"] for label in ("canary", "fleet")] == [2 * 7, 3 * 7]
     for _ in range(2):  # what was merged is not there a second time
         merged = edge._merge(found, aws.clients, ENV, terms, Reporter())

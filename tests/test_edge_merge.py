@@ -138,6 +138,31 @@ def test_noise_is_as_large_as_its_promise_wants():
     assert loose < strict < math.sqrt(2 * math.log(1.25 / 1e-6)) * (2 / 50) / 0.9
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"clip": -1.0}, {"clip": float("nan")}, {"clip": 0.0}, {"evidence": 0}, {"devices": 0}, {"epsilon": 0.0},
+        {"epsilon": float("nan")}, {"delta": 0.0}, {"delta": 1.0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_terms_out_of_their_bounds_are_refused(wrong):
+    [(key, value)] = wrong.items()
+    with pytest.raises(ShipyardError, match=f"edge merge: --.*{key}: wrong; value: {value}; allowed: "):
+        Terms(**wrong)
+
+
+def test_with_noise_nothing_is_told_of_how_much_evidence_a_device_has(monkeypatch):
+    monkeypatch.setattr("shipyard.edge.merge._noised", lambda mean, *_: (mean, {"scale": 1.0}))
+    terms = Terms(devices=1, evidence=50, epsilon=1.0)
+    made = [
+        merge(NAME, 3, fleet((1.1, 0.1, 900), (1.2, 0.2, 80), (1.1, 0.1, evidence)), (1.0, 0.0), terms)
+        for evidence in (10, 999)
+    ]
+    told = [{key: value for key, value in one.items() if key != "correction"} for one in made]
+    assert told[0] == told[1] and told[0]["serving"] == 3
+
+
 # --- the next release ------------------------------------------------------------------------------------------------
 
 

@@ -151,7 +151,7 @@ def _tasks(service: Any, told: Any, place: str, artifact: Artifact, bucket: str,
 
 
 def _edge(clients: devices.Clients, env: Environment, release: Release) -> list[Row]:
-    rows, standing = [], devices.status(clients, env.edge)
+    rows, standing = [], devices.status(clients, env)
     for label, group in devices.groups(env.edge).items():
         arn = f"arn:aws:iot:{env.region}:{env.account}:thinggroup/{group}"
         latest = clients.greengrass.list_deployments(targetArn=arn, historyFilter="LATEST_ONLY")["deployments"]

@@ -33,7 +33,7 @@ def run(chosen: argparse.Namespace, fleet: Fleet, root: Path, build: Path, repor
     env = fleet.env[chosen.env]
     clients = open_clients(env)
     if chosen.action == "status":
-        told = devices.status(clients, env.edge)
+        told = devices.status(clients, env)
         print(json.dumps(told) if chosen.json else _table(told))
         return 0
     version = env.release if chosen.version is None and chosen.action == "merge" else chosen.version

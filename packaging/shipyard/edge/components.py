@@ -133,16 +133,28 @@ def publish_deltas(found: Release, others: list[Release], local: Path, store: St
     return made
 
 
+def _there(store: Store, artifact: Artifact) -> bool:
+    """Say whether a store has all files of an artifact, by their sizes; Greengrass' own digests of them are compared yet."""
+    sizes = {found.key: found.bytes for found in store.objects(artifact.key)}
+    return all(sizes.get(artifact.key + file.path) == file.bytes for file in artifact.files)
+
+
 def publish_edge(
     found: Release, others: list[Release], local: Path, store: Store, greengrass: Any, bucket: str, *, account: str,
     region: str, progress: Callable[[str, int, int], None], pause: float = 2.0,
 ) -> tuple[dict[str, Any], dict[str, dict[str, Delta]]]:  # fmt: skip
     """Upload what of a release runs on devices, with its deltas, and publish its components.
 
+    What this machine does not have, as on a way back, has to be in the store already.
+
     Returns:
         What was done, for machines, and the deltas by model and base.
     """
-    sent = sum(upload(store, a.model_dump(), local / a.key, progress) for a in edge_artifacts(found))
+    sent = sum(
+        upload(store, a.model_dump(), local / a.key, progress)
+        for a in edge_artifacts(found)
+        if (local / a.key).exists() or not _there(store, a)
+    )
     deltas = publish_deltas(found, others, local, store)
     created = [
         "@".join(component(artifact))

@@ -44,6 +44,22 @@ class Terms:
     epsilon: float | None = None
     delta: float = 1e-6
 
+    def __post_init__(self) -> None:
+        """Hold the terms to their bounds, no number included.
+
+        Raises:
+            ShipyardError: one is out of them.
+        """
+        for flag, value, right, allowed in (
+            ("least-devices", self.devices, self.devices >= 1, "1 or more"),
+            ("least-evidence", self.evidence, self.evidence >= 1, "1 or more"),
+            ("clip", self.clip, 0 < self.clip < math.inf, "more than 0"),
+            ("epsilon", self.epsilon, self.epsilon is None or 0 < self.epsilon < math.inf, "more than 0"),
+            ("delta", self.delta, 0 < self.delta < 1, "between 0 and 1"),
+        ):
+            if not right:
+                raise ShipyardError(f"edge merge: --{flag}: wrong", value=value, allowed=allowed)
+
 
 def merge(name: str, serving: int, learned: Mapping[str, Learned], correction: Vector, terms: Terms) -> dict[str, Any]:
     """Return the new correction [a, b] of a model, on top of the one that its devices began with, and what it is made of.
@@ -58,7 +74,7 @@ def merge(name: str, serving: int, learned: Mapping[str, Learned], correction: V
         found for _, found in sorted(learned.items())
         if found.evidence >= terms.evidence and all(map(math.isfinite, found.vector))
     ]  # fmt: skip
-    if len(told) < max(1, terms.devices):
+    if len(told) < terms.devices:
         raise ShipyardError(
             f"edge merge: {name}: too few devices have learned enough", value=len(told),
             allowed=f"{terms.devices} with {terms.evidence} answers each", mend="wait for more feedback",
@@ -77,10 +93,11 @@ def merge(name: str, serving: int, learned: Mapping[str, Learned], correction: V
     (low_a, high_a), (low_b, high_b) = BOUNDS
     slope = min(high_a, max(low_a, 1 + parts[0]))
     a, b = slope * correction[0], slope * correction[1] + parts[1]
+    # exact sums would tell of one device what the noise hides
+    exact = {} if noise else {"devices": len(told), "evidence": sum(found.evidence for found in told)}
     return {
         "correction": [round(min(high_a, max(low_a, a)), 6), round(min(high_b, max(low_b, b)), 6)],
-        "devices": len(told), "serving": serving, "evidence": sum(found.evidence for found in told),
-        "noise": noise,
+        "serving": serving, "noise": noise, **exact,
     }  # fmt: skip
 
 

@@ -13,28 +13,47 @@ from typing import Any
 from models.config import EdgeSettings
 from models.release import Release
 from serve.errors import ShipyardError
-from serve.greengrass.words import SHADOW, Delta, Told, write_told
+from serve.greengrass.words import SHADOW, Delta, Pointer, Told, write_told
 from shipyard.edge.components import call, pointer
-from shipyard.edge.devices import Clients, Seen, groups, look_all, things
+from shipyard.edge.devices import Clients, Seen, groups, latest, look_all, manifests, target, things
 from shipyard.edge.lock import component, edge_artifacts
 
 NUCLEUS = "aws.greengrass.Nucleus"
 TOKEN_EXCHANGE = "aws.greengrass.TokenExchangeService"  # noqa: S105 -- a component's name
 
+BACK = " back"
+"""Ends the name of a deployment that is a way back, so that the same command again does not go forward."""
+
 Deltas = Mapping[str, Mapping[str, Delta]]
 """Patches to a release's models, by model and by the digest of the bundle.json that they start from."""
 
 
+def wanted(found: Release) -> dict[str, Pointer]:
+    """Return how devices are told of a release's models, without deltas."""
+    return {artifact.name: pointer(artifact) for artifact in found.of("greengrass-model")}
+
+
 def tell(clients: Clients, seen: Seen, found: Release, generation: int, deltas: Deltas) -> bool:
-    """Write what is wanted into a device's shadow, with a delta from what it has; say whether that was anything new."""
-    models = {a.name: pointer(a) for a in found.of("greengrass-model")}
-    known = {} if seen.told is None else {n: p.manifest for n, p in seen.told.models.items()}
-    if known == {name: wanted.manifest for name, wanted in models.items()}:
+    """Write what is wanted into a device's shadow, with a delta from what it has; say whether that was anything new.
+
+    A device tries a generation once and takes none below its floor: one that refused this word, or cannot hear it, is told
+    again.
+    """
+    plain = wanted(found)
+    if not plain:
         return False
-    for name, wanted in models.items():
-        base = seen.report.get("models", {}).get(name)
-        models[name] = dataclasses.replace(wanted, delta=deltas.get(name, {}).get(base))
-    payload = json.dumps({"state": {"desired": {"told": write_told(Told(generation, models))}}}).encode()
+    if seen.told is not None and not seen.refused and seen.told.generation == seen.floor:
+        known = {name: dataclasses.replace(told, delta=None) for name, told in seen.told.models.items()}
+        if known == plain:
+            return False
+    has = seen.report.get("models", {})
+    models = {n: dataclasses.replace(p, delta=deltas.get(n, {}).get(has.get(n, ""))) for n, p in plain.items()}
+    try:
+        told = write_told(Told(generation, models))
+    except ShipyardError:
+        # a shadow takes no more: full archives lead to the same
+        told = write_told(Told(generation, plain))
+    payload = json.dumps({"state": {"desired": {"told": told}}}).encode()
     call(clients.shadows.update_thing_shadow, thingName=seen.thing, shadowName=SHADOW, payload=payload)
     return True
 
@@ -60,11 +79,9 @@ def deployment(found: Release, settings: EdgeSettings, trusted_key: str) -> dict
 
 def deploy(clients: Clients, arn: str, name: str, components: dict[str, Any], settings: EdgeSettings) -> str | None:
     """Create the deployment of a thing group, unless its latest one is the same; return its id, or None."""
-    latest = call(clients.greengrass.list_deployments, targetArn=arn, historyFilter="LATEST_ONLY")["deployments"]
-    for entry in latest:
-        there = call(clients.greengrass.get_deployment, deploymentId=entry["deploymentId"])
-        if there.get("components") == components and there["deploymentStatus"] in ("ACTIVE", "COMPLETED"):
-            return None
+    there = latest(clients, arn)
+    if there.get("components") == components and there["deploymentStatus"] in ("ACTIVE", "COMPLETED"):
+        return None
     made = call(
         clients.greengrass.create_deployment,
         targetArn=arn,
@@ -115,25 +132,36 @@ def rollout(
     """
     made: dict[str, Any] = {}
     components = deployment(found, settings, trusted_key)
-    seen = {label: look_all(clients, things(clients, group)) for label, group in groups(settings).items()}
+    seen = _look(clients, settings)
+    write_told(Told(_next(seen), wanted(found)))  # a word that no shadow takes ends it here, not half way
     if canary and seen["fleet"] and not seen["canary"]:
         raise ShipyardError(
             f"edge: no canary would try the release before the {len(seen['fleet'])} devices of the fleet",
             value=f"no device in {groups(settings)['canary']}", allowed="one or more",
             mend=f"move a device there from {settings.thing_group}",
         )  # fmt: skip
-    told = [device.told.generation for devices in seen.values() for device in devices if device.told is not None]
-    generation = max([0, *told]) + 1
     for label, group in groups(settings).items():
-        arn = f"arn:aws:iot:{region}:{account}:thinggroup/{group}"
-        identifier = deploy(clients, arn, f"{group} {found.version}", components, settings)
+        generation = _next(seen)
+        name = f"{group} {found.version}" + ("" if canary else BACK)
+        identifier = deploy(clients, target(group, account, region), name, components, settings)
         count = sum(tell(clients, device, found, generation, deltas) for device in seen[label])
         made[label] = {"deployment": identifier, "told": count}
         said(f"{label}: {'a new deployment' if identifier else 'no new deployment'}, {count} devices told")
         if label == "canary" and canary:
             names = [device.thing for device in seen[label]]
-            _judge(clients, names, _runtime(found), settings, identifier, said, wait, pause)
+            _judge(clients, names, found, generation, settings, identifier, said, wait, pause)
+            # that may have taken an hour: devices came and went, and others may have spoken to them
+            seen = _look(clients, settings)
     return {"version": found.version, "generation": generation, **made}
+
+
+def _look(clients: Clients, settings: EdgeSettings) -> dict[str, list[Seen]]:
+    return {label: look_all(clients, things(clients, group)) for label, group in groups(settings).items()}
+
+
+def _next(seen: Mapping[str, list[Seen]]) -> int:
+    """Return the generation above all that devices were told or took up."""
+    return 1 + max((device.floor for devices in seen.values() for device in devices), default=0)
 
 
 def _runtime(found: Release) -> str | None:
@@ -142,17 +170,21 @@ def _runtime(found: Release) -> str | None:
 
 
 def _judge(
-    clients: Clients, names: list[str], runtime: str | None, settings: EdgeSettings, identifier: str | None,
+    clients: Clients, names: list[str], found: Release, generation: int, settings: EdgeSettings, identifier: str | None,
     said: Callable[[str], None], wait: float, pause: float,
 ) -> None:  # fmt: skip
-    """Wait until every canary serves what is wanted by `runtime`; end the deployment where too many say that they cannot."""
+    """Wait until every canary serves a release by its runtime; end the deployment where too many say that they cannot."""
+    models, runtime = {name: told.manifest for name, told in wanted(found).items()}, _runtime(found)
     until = time.monotonic() + wait
     while True:
         seen = look_all(clients, names)
-        failed = sum(device.standing == "failed" for device in seen)
-        serving = [device.report.get("runtime") for device in seen if device.standing == "in step"]
-        # models alone do not tell whether a device runs the new code: a release may bring nothing else
-        good = len(serving) if runtime is None else serving.count(runtime)
+        standings = [device.standing(models, runtime) for device in seen]
+        failed, good = standings.count("failed"), standings.count("in step")
+        later = [device for device in seen if device.told is not None and device.told.generation > generation]
+        others = [device.thing for device in later if manifests(device.told) != models]
+        if others:
+            what, value = "canaries were told otherwise meanwhile", ", ".join(others[:3])
+            break
         if names and 100 * failed / len(names) >= settings.abort_percent:
             what, value = "canaries failed", f"{failed} of {len(names)}"
             break
@@ -161,8 +193,9 @@ def _judge(
             return
         if time.monotonic() > until:
             what, value = "canaries did not come in step", f"{good} of {len(names)} in {wait:.0f} s"
-            if good < len(serving):
-                value += f", {len(serving) - good} by another runtime than {runtime}"
+            # models alone do not tell whether a device runs the new code: a release may bring nothing else
+            if late := sum(device.standing(models, None) == "in step" for device in seen) - good:
+                value += f", {late} by another runtime than {runtime}"
             break
         time.sleep(pause)
     if identifier is not None:
@@ -174,22 +207,31 @@ def _judge(
 
 
 def before(clients: Clients, settings: EdgeSettings, *, account: str, region: str) -> str:
-    """Return the version of the release that the canary group ran before its present one.
+    """Return the version of the release to go back to: the last one of the fleet that is not the canaries' present one.
+
+    What canaries alone tried is passed by. Where the latest deployment is a way back, that one is gone on with.
 
     Raises:
-        ShipyardError: it never ran another one.
+        ShipyardError: the fleet never ran another one.
     """
-    group = groups(settings)["canary"]
-    arn = f"arn:aws:iot:{region}:{account}:thinggroup/{group}"
-    names = [entry.get("deploymentName", "") for entry in _history(clients, arn)]
-    versions = list(dict.fromkeys(name.removeprefix(f"{group} ") for name in names if name.startswith(f"{group} ")))
-    if len(versions) < 2:
+    ran = {
+        label: [
+            name.removeprefix(f"{group} ")
+            for entry in _history(clients, target(group, account, region))
+            if (name := entry.get("deploymentName", "")).startswith(f"{group} ")
+        ]
+        for label, group in groups(settings).items()
+    }
+    present = ran["canary"][0] if ran["canary"] else ""
+    if present.endswith(BACK):
+        return present.removesuffix(BACK)
+    earlier = [version for name in ran["fleet"] if (version := name.removesuffix(BACK)) != present]
+    if not earlier:
         raise ShipyardError(
-            f"edge: {group} never ran another release",
-            value=", ".join(versions),
+            f"edge: {settings.thing_group} never ran another release", value=present,
             mend="name one: edge rollback VERSION",
-        )
-    return versions[1]
+        )  # fmt: skip
+    return earlier[0]
 
 
 def _history(clients: Clients, arn: str) -> Iterator[Mapping[str, Any]]:
