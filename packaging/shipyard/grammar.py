@@ -78,7 +78,7 @@ REVIEW = {
 EDGE = {
     "publish": "upload a release's models, runtime and deltas, and publish its components",
     "rollout": "publish, then bring the release to the canary devices, and to the fleet once they are well",
-    "rollback": "bring every device back to the release before, or to the one that is named",
+    "rollback": "bring every device back to the release that the fleet ran before, or to the one that is named",
     "status": "tell the devices in step, behind, silent and failed, by group",
     "merge": "average what devices have learned into releases/calibration.lock, for the next release",
 }
