@@ -124,7 +124,7 @@ def _apart(old: str, new: str) -> Iterator[tuple[str, str]]:
         sides = [json.dumps(json.loads(value), indent=1, ensure_ascii=False).splitlines() for value in (old, new)]
     except ValueError:
         sides = [[old], [new]]
-    for kind, a, b, c, d in difflib.SequenceMatcher(None, *sides, autojunk=False).get_opcodes():
+    for kind, a, b, c, d in difflib.SequenceMatcher(None, sides[0], sides[1], autojunk=False).get_opcodes():
         if kind == "equal":
             continue
         left, right = ([line.strip() for line in side] for side in (sides[0][a:b], sides[1][c:d]))
@@ -178,9 +178,9 @@ def _releases(found: Sequence[Stack], folder: Path) -> list[str]:
     parts = ["## Release", "", "| environment | before | now |", "|---|---|---|"]
     parts += [f"| {env} | {old} | {new} |" for env, (old, new) in of_env.items()]
     for old, new in dict.fromkeys(of_env.values()):
-        sides = [_open(folder / f"{version}.json") for version in (old, new)]
-        told = lines(diff(*sides)) if sides[0] and sides[1] else ["the file of one of them is not in releases/"]
-        short = [line if len(line) <= LONGEST else f"{line[:LONGEST]}…" for line in told]
+        was, now = _open(folder / f"{old}.json"), _open(folder / f"{new}.json")
+        text = ["the file of one of them is not in releases/"] if was is None or now is None else lines(diff(was, now))
+        short = [line if len(line) <= LONGEST else f"{line[:LONGEST]}…" for line in text]
         parts += ["", f"<details><summary>{old} → {new}</summary>", "", "```text", *short, "```", "", "</details>"]
     return [*parts, ""]
 
