@@ -83,9 +83,10 @@ test: setup lint ## all tests, on a small profile of the real data
 test-gpu: setup ## training on this machine's GPU, held to the CPU's
 	CUDA_VISIBLE_DEVICES=0 $(BIN)/python -m pytest tests/test_device.py
 
-lint: setup ## ruff and mypy
+lint: setup ## ruff, mypy, and zizmor over the workflows
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/zizmor --quiet --offline --no-progress .github/workflows
 	$(BIN)/mypy
 
 broker: ## unpack Debian's mosquitto into build/broker, for the edge's simulation; nothing is installed

@@ -33,6 +33,7 @@ from shipyard.weekly import WeeklyLine
 
 APART = {
     "bench": "shipyard.bench.command",
+    "change": "shipyard.change",
     "collect": "shipyard.collect",
     "down": "shipyard.fleet",
     "drift": "shipyard.drift",

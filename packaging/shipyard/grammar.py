@@ -58,6 +58,7 @@ HELP = {
     "card": "print a release's model card, in Markdown",
     "register": "put a published release into the SageMaker Model Registry of an environment",
     "diff": "print what differs between two releases, or two bundles",
+    "change": "tell what a change of the synthesized templates does to each stack, as Markdown",
     "gc": "list, or delete, what lies in a store and no release refers to",
     "up": "serve a local release on this machine: every runtime and the gateway, on loopback",
     "down": "end what up has started",
@@ -256,6 +257,11 @@ def _running(add: Add, sizes: argparse.ArgumentParser) -> None:
     )
     measuring.add_argument("--seconds", type=float, default=2, help="of each measurement (default: 2)")
     measuring.add_argument("--rounds", type=int, default=5, help="turns of all servers (default: 5)")
+    changing = add(
+        "change", more=" Stacks that differ by their environment alone are told once. `make change` calls it."
+    )
+    changing.add_argument("before", type=Path, help="a folder of `shipyard synth` of before")
+    changing.add_argument("now", type=Path, nargs="?", default=Path("cdk.out"), help="that of now (default: cdk.out)")
     drifting = add("drift", more=" Ends with 3 where a measure is beyond its limit: docs/drift.md.")
     drifting.add_argument("journal", type=Path, help="folder of the gateway's --feedback, or a copy of its stream")
     drifting.add_argument("--release", type=Path, help="a release file whose gateway's bundle lies in the build folder "
