@@ -94,6 +94,20 @@ def test_the_data_stage_takes_it(journal, tmp_path):
     assert duckdb.sql(f"SELECT count(*) FROM '{tmp_path}/out/train.parquet'").fetchall() == [(3,)]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("cut.jsonl.gz", gzip.compress(b'{"kind":"click"}\n' * 5000)[:-20], "journal: cannot be read: .*GZIP"),
+        ("odd.jsonl", b'{"kind":"click","user":"u","item":"1","time":"soon"}\n', 'cannot be read: .*"soon"'),
+    ],
+)
+def test_a_damaged_file_and_a_time_that_is_none_are_told(journal, tmp_path, name, content, told):
+    (journal / name).write_bytes(content)
+    with pytest.raises(ShipyardError, match=told + ".*mend: copy"):
+        collect(journal, tmp_path / "own")
+    assert not list(tmp_path.glob("own/*"))
+
+
 def test_nothing_to_collect_and_a_folder_that_is_taken_are_refused(journal, tmp_path):
     with pytest.raises(ShipyardError, match=r"no \*.jsonl"):
         collect(tmp_path / "nowhere", tmp_path / "own")

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -319,6 +321,37 @@ def test_searches_alone_are_a_source(tmp_path: Path) -> None:
     assert [part["counts"][period]["queries"] for period in ("train", "validation", "test")] == [5, 5, 5]
     assert part["digests"]["items"] == whole["digests"]["items"]
     assert rows(tmp_path, "SELECT bool_and(local) FROM '{path}/items.parquet'") == [(True,)]
+
+
+def test_a_sample_of_searches_alone_keeps_those_of_known_users(tmp_path: Path) -> None:
+    rows = "".join(f"word {i},1,1,u{i}\n" for i in range(200))
+    folder = write(tmp_path / "own", searches="query,item,click,user\n" + rows)
+    (folder / "events.csv").unlink()
+    counts = data(OWN, 5, tmp_path, folder)["counts"]
+    assert [counts[period]["queries"] for period in ("train", "validation", "test")] == [5, 5, 5]
+
+
+def test_times_with_a_zone_are_counted(tmp_path: Path) -> None:
+    times = ("2017-01-05T10:00Z", "2017-01-05T10:00:00Z", "2017-11-09 10:00:00.5+02", "2017-12-01 10:00", "2017-12-01")
+    events = "user,item,time,kind\n" + "".join(f"a,1,{time},cart\n" for time in times)
+    said = data(OWN, 0, tmp_path, write(tmp_path / "own", events=events))
+    assert lines(said, "events", "times with a zone") == 3
+    assert lines(said, "searches", "times with a zone") == 0
+
+
+def test_an_interrupt_is_one_and_a_full_memory_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path / "own")
+    monkeypatch.setattr(
+        "shipyard.data._choose", lambda db, *_: db.execute("SELECT sum(range) FROM range(10000000000000)")
+    )
+    timer = threading.Timer(0.5, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        data(OWN, 0, tmp_path, folder)
+    few = "SET memory_limit = '4MB'; SET temp_directory = ''; CREATE TABLE t AS SELECT range FROM range(1000000)"
+    monkeypatch.setattr("shipyard.data._choose", lambda db, *_: db.execute(few))
+    with pytest.raises(ShipyardError, match=r"data: Out of Memory Error: .*; mend: give it more memory or disk"):
+        data(OWN, 0, tmp_path, folder)
 
 
 def test_table_of_other_items_is_an_error(tmp_path: Path) -> None:

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from models import trunk
-from models.behaviour import load_behaviour
+from models.behaviour import PERIODS, load_behaviour, pack_market
 from models.config import load_fleet
 from serve.errors import ShipyardError
 from shipyard import tower as tower_module
 from shipyard import train
+from shipyard.data import data
+from shipyard.finetune import finetune
 from shipyard.pretrained import base_folder
 from shipyard.queries import PARAPHRASES, blur, misspell, mistype, paraphrase
 from shipyard.stage import closure
@@ -33,6 +35,19 @@ def quiet(*_: object) -> None:
 @pytest.fixture(scope="module")
 def behaviour(small: Made):
     return load_behaviour(small.folder("joint", "data"))
+
+
+def test_one_category_is_told_before_the_training(tmp_path: Path) -> None:
+    # none of the items has a category, as docs/data.md allows
+    days = [*(f"2017-{month:02}-{day:02}" for month in range(1, 11) for day in (1, 9)), "2017-11-10", "2017-12-01"]
+    (tmp_path / "events.csv").write_text("user,item,time,kind\n" + "".join(f"a,1,{day},purchase\n" for day in days))
+    (tmp_path / "items.csv").write_text("item,title,category\n1,milk,\n2,bread,\n")
+    data(FLEET.data.model_copy(update={"source": "files", "folder": "own"}), 0, tmp_path, tmp_path)
+    for period in PERIODS:
+        pack_market(tmp_path, period)
+    weights = {"search": 1.0, "recommend": 1.0, "intent": 1.0}
+    with pytest.raises(ShipyardError, match=r"nothing to choose from for intent; .*mend: give the items categories"):
+        finetune(tmp_path, tmp_path, FLEET.finetune, FLEET.profile["small"], weights, tmp_path, quiet)
 
 
 # --- the tower -------------------------------------------------------------------------------------------------------

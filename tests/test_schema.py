@@ -1,5 +1,7 @@
 """A user's own data: what is accepted, and how each fault is told."""
 
+import datetime
+import re
 from pathlib import Path
 
 import duckdb
@@ -88,8 +90,11 @@ FAULTS = {
     "missing column": ("items", "item,category\n1,x\n", r"items\.csv: column title: missing"),
     "unknown column": ("items", "item,titel,category\n1,a,x\n", r'column titel: unknown.*did you mean "title"\?'),
     "another separator": ("items", "item;title;category\n1;a;x\n", "unknown.*separate columns by commas"),
+    "a column of the reader's own": ("events", "user,item,time,kind,line\n7,1,2024-01-02,cart,9\n", "column line: unknown"),
     "column without a name": ("items", "item,title,category,\n1,a,x,\n", "a column without a name of its own"),
     "column twice": ("items", "item,title,title,category\n1,a,b,x\n", "a column without a name of its own"),
+    "column twice, but for case": ("items", "item,title,category,Title\n1,a,x,b\n", "a column without a name of its own"),
+    "blank first line": ("events", "\n" + EVENTS, r"events\.csv: empty first line; mend: begin with a header"),
     "no rows": ("events", "user,item,time,kind\n", r"events\.csv: no rows"),
     "no header": ("events", "", r"events\.csv: empty"),
     "item twice": ("items", ITEMS + "1,cream,dairy,,\n", r"column item, row 3: twice; value: 1; .*row 1 has it too"),
@@ -107,6 +112,8 @@ FAULTS = {
     "huge": ("events", EVENTS + "7,1,2024-01-02,cart,,1e30,\n", r"column value, row 3: out of range; .*to 1e\+09"),
     "share": ("market", MARKET + "1,,2024-01-01,2024-01-08,,,20\n", "column discount, row 3: out of range.*from 0 to 1"),
     "until": ("market", MARKET + "1,,2024-01-08,2024-01-08,1,,\n", "column until, row 3: not after from"),
+    "date with a zone": ("market", MARKET + "1,,2024-01-29T00:00+08:00,2024-02-05,,,1\n", "column from, row 3: not a date"),
+    "date with a time": ("market", MARKET + "1,,2024-01-29,2024-02-05 18:00,,,1\n", "column until, row 3: not a date"),
     "label": ("searches", SEARCHES + "milk,1,exakt,,\n", 'column label, row 3: unknown.*did you mean "exact"'),
     "two judgements": ("searches", "query,item,gain,click\na,1,1,1\n", "not one judgement; value: 'gain, click'"),
     "no judgement": ("searches", "query,item\na,1\n", "not one judgement; value: 'none'"),
@@ -154,6 +161,8 @@ EVENT = "7 AS \"user\", 1 AS item, now() AS time, 'cart' AS kind"
         (f"SELECT {EVENT}, 'NaN'::DOUBLE AS value", "column value, row 1: not a finite number"),
         (f"SELECT {EVENT} UNION ALL SELECT 7, NULL, now(), 'cart'", "column item, row 2: empty"),
         (f"SELECT {EVENT}, [1] AS quantity", "column quantity: wrong type"),
+        (f"SELECT {EVENT}, 3.0::DOUBLE AS place", r"column place: wrong type.*mend: .*astype\(\"Int64\"\)"),
+        (f"SELECT {EVENT}, 3 AS line", "column line: unknown"),
     ],
 )  # fmt: skip
 def test_parquet_is_held_to_the_same(tmp_path: Path, query: str, told: str) -> None:
@@ -168,6 +177,47 @@ def test_number_that_a_file_has_no_statistics_of_is_found(tmp_path: Path, value:
     table = pa.concat_tables([pq.read_table(path)] * 3)
     pq.write_table(table.append_column("value", pa.array([1.0, value, 2.0])), path)
     with pytest.raises(ShipyardError, match="column value, row 2: not a finite number"):
+        opened(tmp_path)
+
+
+def test_columns_as_pandas_writes_them_are_accepted(tmp_path: Path) -> None:
+    # times with a zone are of nanoseconds, and a column without any value has no type
+    times = pa.array([datetime.datetime(2024, 1, 2, 10)], pa.timestamp("ns", "Asia/Shanghai"))
+    columns = {"user": [7], "item": [1], "time": times, "kind": ["cart"], "place": pa.nulls(1), "value": pa.nulls(1)}
+    pq.write_table(pa.table(columns), tmp_path / "events.parquet")
+    (tmp_path / "items.csv").write_text(ITEMS)
+    found = opened(tmp_path).execute("SELECT time::VARCHAR, place, value FROM events").fetchall()
+    assert found == [("2024-01-02 10:00:00", None, None)]
+
+
+@pytest.mark.parametrize("folder", ["data[1]", "data*", "user=5"])
+def test_no_character_of_a_folder_is_a_pattern(tmp_path: Path, folder: str) -> None:
+    for name in ("data1", folder):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "items.csv").write_text(ITEMS.replace("whole milk", name))
+        events = f"SELECT '{name}' AS \"user\", 1 AS item, now() AS time, 'cart' AS kind"
+        duckdb.sql(f"COPY ({events}) TO '{tmp_path / name}/events.parquet' (FORMAT parquet)")
+    db = opened(tmp_path / folder)
+    assert db.execute('SELECT title, "user" FROM items, events WHERE items.item = events.item').fetchall() == [
+        (folder,) * 2
+    ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["market.csv.gz", "Market.csv", "events-2.csv", "search.csv", "market.parquet/0.parquet", "events/0", "items.xls"],
+)
+def test_what_was_meant_as_a_table_is_not_left_out(tmp_path: Path, name: str) -> None:
+    read(tmp_path)
+    (tmp_path / "market.csv").unlink()
+    for other in ("README.md", ".events.csv.swp", "_SUCCESS"):
+        (tmp_path / other).touch()
+    opened(tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(
+        ShipyardError, match=rf"{re.escape(name.split('/')[0])}: no table of this name; .*mend: rename it"
+    ):
         opened(tmp_path)
 
 

@@ -13,7 +13,9 @@ import duckdb
 from models.config import Fleet
 from serve.errors import ShipyardError
 from shipyard.console import Reporter
-from shipyard.schema import quoted
+from shipyard.schema import exact, quoted, reading
+
+MEND = "copy the file or the folder again, or take the record out"
 
 EVENTS = """
 SELECT DISTINCT record->>'user' AS "user", record->>'item' AS item, (record->>'time')::TIMESTAMP AS time,
@@ -43,7 +45,7 @@ def collect(journal: Path, out: Path) -> dict[str, int]:
         The rows of each table that was written, and by "unreadable" the lines that are no record.
 
     Raises:
-        ShipyardError: there is nothing to collect, or a table is there already.
+        ShipyardError: there is nothing to collect, a file or a record is damaged, or a table is there already.
     """
     db, unreadable = read_journal(journal)
     taken = [str(out / f"{table}.{kind}") for table in ("events", "searches") for kind in ("parquet", "csv")]
@@ -53,8 +55,9 @@ def collect(journal: Path, out: Path) -> dict[str, int]:
         )
     out.mkdir(parents=True, exist_ok=True)
     counts = {"unreadable": unreadable}
-    db.execute(f"CREATE TABLE events AS {EVENTS}")
-    db.execute(f"CREATE TABLE shown AS {SHOWN}")
+    with reading(journal, MEND):
+        db.execute(f"CREATE TABLE events AS {EVENTS}")
+        db.execute(f"CREATE TABLE shown AS {SHOWN}")
     for table, query in (("events", "SELECT * EXCLUDE (request_id) FROM events ORDER BY ALL"), ("searches", SEARCHES)):
         found = db.sql(query)
         counts[table] = found.count("*").fetchall()[0][0]
@@ -70,21 +73,22 @@ def read_journal(journal: Path) -> tuple[duckdb.DuckDBPyConnection, int]:
         The database in memory, and how many lines are no record.
 
     Raises:
-        ShipyardError: there is no such file.
+        ShipyardError: there is no such file, or one is damaged.
     """
-    files = sorted(str(path) for path in journal.rglob("*") if path.name.endswith((".jsonl", ".jsonl.gz", ".gz")))
+    files = sorted(path for path in journal.rglob("*") if path.name.endswith((".jsonl", ".jsonl.gz", ".gz")))
     if not files:
         raise ShipyardError(
             f"{journal}: no *.jsonl", mend="name the folder of --feedback, or a copy of the stream's bucket"
         )
     db = duckdb.connect()
     # a line as it is, whatever it holds: no separator, quote or escape
-    names = ", ".join(quoted(name) for name in files)
-    db.execute(
-        "CREATE TABLE lines AS SELECT line FROM "
-        f"read_csv([{names}], columns = {{'line': 'VARCHAR'}}, header = false, delim = '\\x01', quote = '', escape = '', "
-        "auto_detect = false, strict_mode = false, max_line_size = 16777216)"
-    )
+    names = ", ".join(exact(name) for name in files)
+    with reading(journal, MEND):
+        db.execute(
+            "CREATE TABLE lines AS SELECT line FROM "
+            f"read_csv([{names}], columns = {{'line': 'VARCHAR'}}, header = false, delim = '\\x01', quote = '', "
+            "escape = '', auto_detect = false, strict_mode = false, max_line_size = 16777216, hive_partitioning = false)"
+        )
     db.execute("CREATE TABLE records AS SELECT line::JSON AS record FROM lines WHERE json_valid(line)")
     return db, db.sql("SELECT count(*) FROM lines WHERE NOT json_valid(line)").fetchall()[0][0]
 

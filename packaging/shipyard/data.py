@@ -30,7 +30,7 @@ from models.config import Data
 from serve.errors import ShipyardError
 from serve.files import sha256_file
 from serve.history import KINDS
-from shipyard.schema import INTEGER, quoted
+from shipyard.schema import INTEGER, quoted, working
 from shipyard.sources import Rule, count, open_source, rule, source_files, source_sha256
 
 __all__ = ["data", "source_files", "source_sha256"]
@@ -75,7 +75,7 @@ def data(
         ShipyardError: a file is missing, damaged or breaks the schema, or a period is empty.
     """
     paths = {**source_files(config, folder), **(files or {})}
-    with tempfile.TemporaryDirectory() as spill:
+    with working(), tempfile.TemporaryDirectory() as spill:
         settings: dict[str, Any] = {"threads": 2, "memory_limit": "1200MB", "temp_directory": spill}
         with duckdb.connect(config=settings) as db:
             source = open_source(db, config, paths)
@@ -135,6 +135,7 @@ def _choose(db: duckdb.DuckDBPyConnection, report: list[Rule], has_events: bool)
                coalesce(list_position(['train', 'validation', 'test'], split) - 1, period_of(time),
                         greatest(tenth - 7, 0))::TINYINT AS period
         FROM hashed WHERE getvariable('households') = 0 OR "user" IS NULL OR "user" IN (FROM chosen)
+                          OR NOT EXISTS (FROM events)
     """)
     if not has_events:
         db.execute("""

@@ -63,6 +63,12 @@ def finetune(
             allowed="purchases; a log of searches is enough for search alone",
             mend="add events (docs/data.md), or remove the sub-models from fleet.toml",
         )  # fmt: skip
+    if sole := [name for name in weights if len(submodel.load(name).rows(behaviour)) < 2]:
+        raise ShipyardError(
+            f"finetune: nothing to choose from for {', '.join(sorted(sole))}", value="one row to rank",
+            allowed="items, types or categories: two or more",
+            mend="give the items categories (docs/data.md), or remove the sub-models from fleet.toml",
+        )  # fmt: skip
     where = device()
     tower, tokenizer = trunk.load_tower(base)
     tower.to(where)

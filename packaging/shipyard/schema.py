@@ -6,6 +6,7 @@ value is checked by one scan of DuckDB, and the first row at fault is named. Onl
 
 import csv
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,14 +34,15 @@ TYPES = {
     "id": {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT", "VARCHAR"},
     "text": {"VARCHAR"},
     "choice": {"VARCHAR"},
-    "time": {"TIMESTAMP", "TIMESTAMP_S", "TIMESTAMP_MS", "TIMESTAMP_NS", "TIMESTAMP WITH TIME ZONE", "DATE", "VARCHAR"},
+    "time": {"TIMESTAMP", "TIMESTAMP_S", "TIMESTAMP_MS", "TIMESTAMP_NS", "TIMESTAMP WITH TIME ZONE", "TIMESTAMPTZ_NS",
+             "DATE", "VARCHAR"},
     "number": {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT", "HUGEINT",
                "FLOAT", "DOUBLE", "DECIMAL", "BOOLEAN", "VARCHAR"},
 }  # fmt: skip
 TYPES["date"] = TYPES["time"]
 TOLD = {
     "id": "integers or text", "text": "text", "choice": "text", "time": "timestamps, or text as 2017-10-08 16:30:00",
-    "date": "dates, or text as 2017-10-08", "number": "numbers",
+    "date": "dates without a time or a zone, or text as 2017-10-08", "number": "numbers",
 }  # fmt: skip
 
 
@@ -122,6 +124,11 @@ def quoted(text: object) -> str:
     return "'" + str(text).replace("'", "''") + "'"
 
 
+def exact(path: Path) -> str:
+    """Return a path as a literal of SQL in which no character is a pattern: data[1] is not data1."""
+    return quoted(re.sub(r"[*?[]", r"[\g<0>]", str(path)))
+
+
 @contextmanager
 def reading(
     path: Path, mend: str = "write the file again; CSV wants UTF-8, commas and doubled quotes"
@@ -135,6 +142,20 @@ def reading(
         raise ShipyardError(f"{path}: cannot be read: {told[:300].strip()}", mend=mend) from None
 
 
+@contextmanager
+def working() -> Iterator[None]:
+    """Tell in a line what stops DuckDB while it works, and let an interrupt be one: it comes out as RuntimeError."""
+    try:
+        yield
+    except (duckdb.OutOfMemoryException, duckdb.IOException) as fault:
+        told = str(fault).split("\n")[0][:300]
+        raise ShipyardError(f"data: {told}", mend="give it more memory or disk, then start it again") from None
+    except RuntimeError as fault:
+        if "interrupted" not in str(fault):
+            raise
+        raise KeyboardInterrupt from None
+
+
 def open_file(path: Path) -> str:
     """Return SQL that reads a Parquet or CSV file with the number of each row as `line`; CSV is text in all columns.
 
@@ -144,7 +165,7 @@ def open_file(path: Path) -> str:
     if path.suffix == ".parquet":
         return (
             f"SELECT file_row_number + 1 AS line, * EXCLUDE file_row_number "
-            f"FROM read_parquet({quoted(path)}, file_row_number = true)"
+            f"FROM read_parquet({exact(path)}, file_row_number = true, hive_partitioning = false)"
         )
     # left to itself, the reader guesses separators and which lines to skip from a sample
     try:
@@ -161,22 +182,30 @@ def open_file(path: Path) -> str:
             allowed='"text", and "" for a quote inside it', mend="look for a truncated end or a lone quote",
         )  # fmt: skip
     if not header:
-        raise ShipyardError(f"{path}: empty", mend="write a header and one row or more, or remove the file")
-    twice = [name for name in header if header.count(name) > 1]
-    if twice or "" in header:
-        raise ShipyardError(f"{path}: header: a column without a name of its own", value=", ".join(header))
+        raise ShipyardError(
+            f"{path}: empty first line", mend="begin with a header, then write rows, or remove the file"
+        )
+    names = [name.lower() for name in header]
+    if "" in names or len(set(names)) < len(names):
+        raise ShipyardError(
+            f"{path}: header: a column without a name of its own", value=", ".join(header),
+            allowed="each column once, with a name", mend="name it, or remove it with its values",
+        )  # fmt: skip
     columns = ", ".join(f"{quoted(name)}: 'VARCHAR'" for name in header)
     return (
-        f"SELECT row_number() OVER () AS line, * FROM read_csv({quoted(path)}, auto_detect = false, header = true, "
-        f"columns = {{{columns}}}, delim = ',', quote = '\"', escape = '\"', parallel = false)"
+        f"SELECT row_number() OVER () AS line, * FROM read_csv({exact(path)}, auto_detect = false, header = true, "
+        f"columns = {{{columns}}}, delim = ',', quote = '\"', escape = '\"', parallel = false, hive_partitioning = false)"
     )
 
 
-def load(db: duckdb.DuckDBPyConnection, relations: list[Relation]) -> None:
+def load(db: duckdb.DuckDBPyConnection, relations: list[Relation]) -> dict[str, int]:
     """Check each relation and load it as the table of its name, with every canonical column and its own type.
 
     An item is BIGINT where all of `items` are integers, else VARCHAR; other ids are VARCHAR, and no type depends on
     what a later period adds. Text is in the Unicode normal form NFKC.
+
+    Returns:
+        How many times with a zone each table has that has times.
 
     Raises:
         ShipyardError: the first fault, with file, column, row, value, what is allowed and the mend.
@@ -186,9 +215,12 @@ def load(db: duckdb.DuckDBPyConnection, relations: list[Relation]) -> None:
         "nfkc", lambda text: pc.utf8_normalize(text, "NFKC"), ["varchar"], "varchar", type=PythonUDFType.ARROW
     )  # fmt: skip
     given = {relation.table: _columns(db, relation) for relation in relations}
+    zoned = {}
     for relation in relations:
         with reading(relation.path):
-            _check(db, relation, given[relation.table])
+            lines = _check(db, relation, given[relation.table])
+        if "time" in given[relation.table]:
+            zoned[relation.table] = lines
     items = next(relation for relation in relations if relation.table == "items")
     integers = db.execute(
         f"SELECT bool_and(regexp_full_match({_raw('item', given['items']['item'])}::VARCHAR, {quoted(INTEGER)})) "
@@ -208,13 +240,15 @@ def load(db: duckdb.DuckDBPyConnection, relations: list[Relation]) -> None:
         if relation.table == "searches":
             gains = " ".join(f"WHEN {quoted(label)} THEN {gain}" for label, gain in GAINS.items())
             db.execute(f"UPDATE searches SET gain = coalesce(gain, click, CASE label {gains} END)")
+    return zoned
 
 
 def _columns(db: duckdb.DuckDBPyConnection, relation: Relation) -> dict[str, str]:
     """Return the types of the columns that a relation has, once their names and types are right."""
     with reading(relation.path):
         described = db.execute(f"DESCRIBE {relation.query}").fetchall()
-    found = {str(row[0]): str(row[1]).split("(")[0] for row in described if row[0] != "line"}
+    # the first is the rows' numbers; a Parquet column without any value may have no type, and is empty
+    found = {str(row[0]): str(row[1]).split("(")[0].replace('"NULL"', "VARCHAR") for row in described[1:]}
     known = TABLES[relation.table]
     for name in found:
         if name not in known:
@@ -226,9 +260,16 @@ def _columns(db: duckdb.DuckDBPyConnection, relation: Relation) -> dict[str, str
     for name, column in known.items():
         if column.required and name not in found:
             needed = [other for other, its in known.items() if its.required]
-            raise ShipyardError(f"{relation.at(name)}: missing", value=", ".join(found), allowed=", ".join(needed))
+            raise ShipyardError(
+                f"{relation.at(name)}: missing", value=", ".join(found), allowed=", ".join(needed),
+                mend="add it, or give one of yours this name",
+            )  # fmt: skip
         if name in found and found[name] not in TYPES[column.type]:
-            raise ShipyardError(f"{relation.at(name)}: wrong type", value=found[name], allowed=TOLD[column.type])
+            raise ShipyardError(
+                f"{relation.at(name)}: wrong type", value=found[name], allowed=TOLD[column.type],
+                mend='write whole numbers: in pandas, astype("Int64")' if column.type == "id" and found[name] == "DOUBLE"
+                else "write it as one of these",
+            )  # fmt: skip
     judged = [name for name in ("label", "gain", "click") if name in found]
     if relation.table == "searches" and len(judged) != 1:
         raise ShipyardError(
@@ -271,6 +312,10 @@ def _faults(name: str, column: Column, found: str) -> Iterator[tuple[str, str, s
         case "time" | "date":
             yield f"{raw} IS NOT NULL AND {parsed} IS NULL", "not a time", TOLD[column.type]
             yield f"NOT {parsed} BETWEEN '1970-01-01' AND '2200-01-01'", "out of range", "1970-01-01 to 2200-01-01"
+            if column.type == "date":
+                # midnight of another zone would be the day before or after
+                moment = _parsed(name, Column("time"), found)
+                yield f"{moment} <> date_trunc('day', {moment})", "not a date", TOLD["date"]
         case "choice":
             allowed = ", ".join(map(quoted, column.choices))
             yield f"{raw} NOT IN ({allowed})", "unknown", ", ".join(column.choices)
@@ -278,8 +323,8 @@ def _faults(name: str, column: Column, found: str) -> Iterator[tuple[str, str, s
             yield f"length({raw}) > {LONGEST}", "too long", f"at most {LONGEST} characters"
 
 
-def _check(db: duckdb.DuckDBPyConnection, relation: Relation, given: Mapping[str, str]) -> None:
-    """Find the first row of each fault in one scan, and raise the one that comes first."""
+def _check(db: duckdb.DuckDBPyConnection, relation: Relation, given: Mapping[str, str]) -> int:
+    """Find the first row of each fault in one scan, and raise the one that comes first; count the times with a zone."""
     faults = [
         (name, *fault)
         for name, column in TABLES[relation.table].items()
@@ -293,7 +338,11 @@ def _check(db: duckdb.DuckDBPyConnection, relation: Relation, given: Mapping[str
         f'min(line) FILTER ({condition}), left(arg_min("{name}"::VARCHAR, line) FILTER ({condition}), 100)'
         for name, condition, _, _ in faults
     ]
-    count, *found = db.execute(f"SELECT count(*), {', '.join(tallies)} FROM ({relation.query})").fetchall()[0]
+    # a zone follows the seconds: Z, +02:00, a name
+    zoned = """count(*) FILTER (regexp_matches("time"::VARCHAR, ':[0-9.]+ ?[A-Za-z+-]'))""" if "time" in given else "0"
+    count, lines, *found = db.execute(
+        f"SELECT count(*), {zoned}, {', '.join(tallies)} FROM ({relation.query})"
+    ).fetchall()[0]
     if not count:
         raise ShipyardError(f"{relation.path}: no rows", mend="write one row or more, or remove the file")
     wrong = [
@@ -308,6 +357,7 @@ def _check(db: duckdb.DuckDBPyConnection, relation: Relation, given: Mapping[str
             f"{relation.at(name, line)}: {fault}", value=value, allowed=allowed,
             mend=f'did you mean "{close[0]}"?' if close else "correct the row or leave it out",
         )  # fmt: skip
+    return int(lines)
 
 
 def _typed(name: str, column: Column, given: Mapping[str, str], integers: bool) -> str:

@@ -79,6 +79,9 @@ ESCI = {
     "products": ("product_id", "product_title", "product_brand", "product_color", "product_locale"),
 }
 
+MEANT = {".parquet", ".csv", ".tsv"}
+"""Endings of files that are meant as tables."""
+
 Rule = dict[str, Any]
 
 
@@ -134,6 +137,15 @@ def _tables(folder: Path) -> dict[str, Path]:
             raise ShipyardError(f"{folder}: {name} is there twice", allowed="Parquet or CSV", mend="remove one of them")
         if found:
             files[name] = found[0]
+    for path in sorted(folder.iterdir()):
+        # what one meant as a table may not be left out in silence: a part, another ending, a typing error
+        meant = {suffix.lower() for suffix in path.suffixes} & MEANT or path.name.lower().split(".")[0] in TABLES
+        if meant and path not in files.values() and not path.name.startswith("."):
+            raise ShipyardError(
+                f"{path}: no table of this name",
+                allowed=f"{', '.join(TABLES)}, each as one file, .parquet or .csv",
+                mend="rename it, unpack it, make one file of a table's parts, or move it out of the folder",
+            )  # fmt: skip
     if "items" not in files or not files.keys() & {"events", "searches"}:
         raise ShipyardError(
             f"{folder}: a table is missing", value=", ".join(files) or "no table",
@@ -175,8 +187,9 @@ def open_source(db: duckdb.DuckDBPyConnection, config: Data, files: Mapping[str,
 
 def _files(db: duckdb.DuckDBPyConnection, config: Data, files: Mapping[str, Path]) -> Source:
     """Open tables that are in the canonical schema."""
-    load(db, [Relation(name, path, open_file(path)) for name, path in files.items()])
-    return Source()
+    zoned = load(db, [Relation(name, path, open_file(path)) for name, path in files.items()])
+    note = "they become UTC; a time without a zone stays as it is"
+    return Source(tuple(rule("times with a zone", name, lines, count(db, name), note) for name, lines in zoned.items()))
 
 
 def _esci(db: duckdb.DuckDBPyConnection, config: Data, files: Mapping[str, Path]) -> Source:
