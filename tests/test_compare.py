@@ -17,6 +17,7 @@ from serve.errors import ShipyardError
 from shipyard import compare
 from shipyard.pages.comparison import COMPARED, comparison_lines, comparison_note, comparison_words, print_comparison
 from shipyard.stage import Record, Stage
+from shipyard.train import peak_memory_mb
 
 FLEET = load_fleet(ROOT / "fleet.toml")
 PROFILE = FLEET.profile["small"].model_copy(update={"mlm_steps": 0})
@@ -189,7 +190,7 @@ def test_a_fault_of_the_other_process_is_told(tmp_path: Path, capfd: pytest.Capt
 
 
 def test_the_peak_of_memory_is_this_programs_own() -> None:
-    before = compare.peak_memory_mb()
+    before = peak_memory_mb()
     held = np.ones(64 << 17)  # 64 MB
-    assert compare.peak_memory_mb() >= before > 10
+    assert peak_memory_mb() >= before > 10
     del held
