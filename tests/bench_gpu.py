@@ -221,7 +221,7 @@ def run(folder, provider, seconds):
     each = [alone(real, i) for i in range(len(given["relevant"]))]
     rows = given["logits/0"].shape[1]
     file = str(folder / "model.onnx")
-    tell("first", {k: v for k, v in told.items()})
+    tell("first", dict(told))
     tell("nodes", placed(file, provider, each[0]))
     began = time.perf_counter()
     session = open_graph(file, provider)

@@ -180,7 +180,7 @@ def _releases(found: Sequence[Stack], folder: Path) -> list[str]:
     for old, new in dict.fromkeys(of_env.values()):
         was, now = _open(folder / f"{old}.json"), _open(folder / f"{new}.json")
         text = ["the file of one of them is not in releases/"] if was is None or now is None else lines(diff(was, now))
-        short = [line if len(line) <= LONGEST else f"{line[:LONGEST]}…" for line in text]
+        short = [_cut(line, 0) for line in text]
         parts += ["", f"<details><summary>{old} → {new}</summary>", "", "```text", *short, "```", "", "</details>"]
     return [*parts, ""]
 

@@ -20,6 +20,7 @@ from shipyard.delivery.register import Register
 from shipyard.delivery.standing import Row, State
 from shipyard.edge import devices
 from shipyard.edge.command import open_clients
+from shipyard.edge.deployments import target
 from shipyard.edge.lock import component, edge_artifacts
 
 DIGITS = 12
@@ -153,7 +154,7 @@ def _tasks(service: Any, told: Any, place: str, artifact: Artifact, bucket: str,
 def _edge(clients: devices.Clients, env: Environment, release: Release) -> list[Row]:
     rows, standing = [], devices.status(clients, env)
     for label, group in devices.groups(env.edge).items():
-        arn = f"arn:aws:iot:{env.region}:{env.account}:thinggroup/{group}"
+        arn = target(group, env.account, env.region)
         latest = clients.greengrass.list_deployments(targetArn=arn, historyFilter="LATEST_ONLY")["deployments"]
         there: dict[str, Any] = {}
         state, by = "", ""
