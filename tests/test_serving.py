@@ -485,7 +485,7 @@ ARRAYS = {
 
 def theirs():
     inputs = []
-    for name, array in ARRAYS.items():
+    for name, array in triton.padded(ARRAYS).items():
         inputs.append(InferInput(name, list(array.shape), "INT64" if array.dtype == np.int64 else "FP32"))
         inputs[-1].set_data_from_numpy(array)
     outputs = [InferRequestedOutput(name, binary_data=True) for name in ("rows", "scores")]

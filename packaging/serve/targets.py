@@ -22,7 +22,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from serve.asgi import content_digest
 from serve.codec import PLURALS, Codec, Id
 from serve.trace import Trace
-from serve.triton import CONTENT, HEADER_LENGTH, padded, read_answer, version, write_request
+from serve.triton import CONTENT, HEADER_LENGTH, read_answer, version, write_request
 
 LARGEST_ANSWER = 4 * 1024 * 1024
 LARGEST_SCORE = 1e30  # far below what a float holds: fusion adds and multiplies scores
@@ -115,7 +115,7 @@ def triton_send(url: str, codec: Codec) -> Send:
     pool = connections()
 
     def send(call: Call) -> Heard:
-        body, size = write_request(padded(codec.encode([call.document])))
+        body, size = write_request(codec.encode([call.document]))
         headers = {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(size)}
         answer, told = post(pool, url, body, call, headers)
         return _decode(codec, call, answer, told.get(HEADER_LENGTH, ""))
@@ -132,7 +132,7 @@ def sagemaker_send(endpoint: str, codec: Codec, client: Any = None) -> Send:
     )
 
     def send(call: Call) -> Heard:
-        body, size = write_request(padded(codec.encode([call.document])))
+        body, size = write_request(codec.encode([call.document]))
         try:
             answer = client.invoke_endpoint(
                 EndpointName=endpoint, ContentType=f"{CONTENT};json-header-size={size}", Body=body,

@@ -111,8 +111,8 @@ def padded(inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
 
 
 def write_request(inputs: Arrays, outputs: tuple[str, ...] = OUTPUTS) -> tuple[bytes, int]:
-    """Return the body of an inference request and the length of its head in bytes."""
-    told, data = _tensors(inputs)
+    """Return the body of an inference request, its inputs `padded`, and the length of its head in bytes."""
+    told, data = _tensors(padded(inputs))
     wanted = [{"name": name, "parameters": {"binary_data": True}} for name in outputs]
     head = json.dumps({"inputs": told, "outputs": wanted}).encode()
     return head + data, len(head)

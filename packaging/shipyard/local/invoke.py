@@ -12,7 +12,7 @@ from models.release import Artifact
 from serve.codec import PLURALS, Codec
 from serve.errors import ShipyardError
 from serve.files import read_json
-from serve.triton import CONTENT, padded, read_answer, write_request
+from serve.triton import CONTENT, read_answer, write_request
 from serve.trust import MANIFEST
 from shipyard.local import tasks
 from shipyard.local.cloud import Cloud
@@ -91,7 +91,7 @@ def ask_endpoint(cloud: Cloud, endpoint: Endpoint, codec: Codec, requests: list[
     """
     client, answers = cloud.client("sagemaker-runtime"), []
     for request in requests:
-        body, size = write_request(padded(codec.encode([request])))
+        body, size = write_request(codec.encode([request]))
         try:
             answer = client.invoke_endpoint(
                 EndpointName=endpoint.name, ContentType=f"{CONTENT};json-header-size={size}", Body=body
