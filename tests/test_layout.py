@@ -26,7 +26,7 @@ SOURCES = {
 }
 OURS = {*SOURCES, "app", "tests"}
 SERVE_MAY_IMPORT = {"serve", "numpy", "onnxruntime", "tokenizers", "cryptography", "rfc8785", "boto3", "botocore"}
-SERVE_MAY_IMPORT |= {"uvicorn", "uvloop", "prometheus_client", "cachetools", "urllib3"}
+SERVE_MAY_IMPORT |= {"uvicorn", "uvloop", "orjson", "prometheus_client", "cachetools", "urllib3"}
 SERVE_MAY_IMPORT |= {"awsiot", "paho", "zstandard"}
 HEAVY = {"torch", "transformers", "peft", "boto3", "botocore", "numpy", "onnx", "onnxruntime", "pyarrow", "duckdb"}
 SERVE = [f"serve.{path.stem}" for path in sorted(SOURCES["serve"].glob("*.py")) if path.stem != "__init__"]

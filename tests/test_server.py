@@ -1,5 +1,6 @@
 """The private cluster's HTTP server as a process of its own, on a small real bundle."""
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -24,7 +25,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from models.release import attest
-from serve.asgi import LARGEST_BODY
+from serve.asgi import LARGEST_BODY, Answer, App, dump
 from serve.codec import LONGEST_QUERY, MOST_HISTORY, SCHEMA, BadRequest
 from serve.engine import ENGINE
 from serve.errors import ShipyardError
@@ -275,10 +276,10 @@ def test_answers_name_products_and_not_rows(server):
 
 def test_unknown_products_are_listed_and_change_nothing(server):
     known = server.predict(GOOD)[1]
-    strange = [{"product": p, "days_ago": 1} for p in (5, -3, 10**30, 5)]
+    strange = [{"product": p, "days_ago": 1} for p in (5, -3, 2**64 - 1, 5)]
     status, answer = server.predict(GOOD | {"history": GOOD["history"] + strange})
     assert status == 200
-    assert answer == known | {"unknown": [5, -3, 10**30]}
+    assert answer == known | {"unknown": [5, -3, 2**64 - 1]}
 
 
 def test_a_request_without_anything_gets_ten_products(server):
@@ -852,3 +853,34 @@ def test_the_server_writes_nothing_into_its_bundle(bundle, server):
     names = {path.name for path in bundle.folder.rglob("*")}
     assert names == {MANIFEST, "model.onnx", "catalogue.json"}
     assert os.access(bundle.folder, os.R_OK)
+
+
+# --- what JSON cannot say ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("document", "text"),
+    [({"a": None}, b'{"a":null}'), ({"a": "null", "b": 0.1}, b'{"a":"null","b":0.1}'), (["\ud800"], b'["\\ud800"]'),
+     ({"牛奶": 2**64 - 1}, '{"牛奶":18446744073709551615}'.encode())],
+)  # fmt: skip
+def test_an_answer_is_json(document, text):
+    assert dump(document) == text
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_a_number_that_is_none_is_our_fault(number, caplog):
+    async def handler(asked):
+        return Answer(200, {"score": number})
+
+    said = []
+
+    async def receive():
+        return {"type": "http.request", "body": b"{}", "more_body": False}
+
+    async def send(message):
+        said.append(message)
+
+    scope = {"raw_path": b"/x", "method": "POST", "headers": [(b"content-length", b"2")], "query_string": b""}
+    asyncio.run(App({("POST", "/x"): handler})(scope, receive, send))
+    assert (said[0]["status"], said[1]["body"]) == (500, b'{"error":"internal error"}')
+    assert "not JSON compliant" in caplog.text

@@ -9,6 +9,7 @@ import json
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -316,6 +317,44 @@ def test_a_client_that_sends_no_further_request_or_takes_no_answer_is_let_go(bun
                 deaf.sendall(whole)
                 time.sleep(0.1)
         assert server.predict(GOOD)[0] == 200
+
+
+SLOW = """
+import asyncio, sys
+from serve import asgi
+asgi.SECONDS_TO_SEND = 1
+from serve.listen import serve
+async def slow(asked):
+    await asyncio.sleep(2)
+    return asgi.Answer(200, asked.json())
+serve(asgi.App({("POST", "/slow"): slow}), "127.0.0.1", int(sys.argv[1]), "slow", 0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("half", "end"),
+    [(b"POST /slow HT", b""), (b"POST /slow HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{", b"408")],
+)
+def test_half_a_request_cuts_no_answer_to_the_one_before_it(half, end):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen([sys.executable, "-c", SLOW, str(port)])
+    try:
+        for _ in range(200):
+            with contextlib.suppress(ConnectionError):
+                connection = socket.create_connection(("127.0.0.1", port), timeout=20)
+                break
+            time.sleep(0.05)
+        with connection:
+            connection.sendall(b"POST /slow HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}" + half)
+            told = b"".join(iter(lambda: connection.recv(65536), b""))
+    finally:
+        process.kill()
+        process.wait()
+    first, _, second = told.partition(b"{}")
+    assert first.startswith(b"HTTP/1.1 200 ")
+    assert second[9:12] == end
 
 
 def test_a_head_without_end_is_refused(server):

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import orjson
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from serve.trace import Trace, begin
@@ -60,6 +61,10 @@ class Asked:
         Raises:
             Refused: it is not JSON.
         """
+        try:
+            return orjson.loads(self.body)
+        except orjson.JSONDecodeError:
+            pass  # it does not take halves of a surrogate pair, which JSON can write
         try:
             return json.loads(self.body)
         except (ValueError, RecursionError):
@@ -115,6 +120,7 @@ class App:
         request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
         trace = begin(headers)
         close = self.draining
+        whole = b""
         self._running.inc()
         try:
             handler = self._route(route, scope, headers)
@@ -122,17 +128,18 @@ class App:
             body = await _body(receive, headers)
             close = self.draining
             answer = await handler(Asked(headers, body, request_id, trace))
+            whole = answer.content if isinstance(answer.content, bytes) else dump(answer.content)
         except Refused as refused:
             answer = refused.answer
-        except (ConnectionError, TimeoutError) as fault:
+        except ConnectionError as fault:
             log.info("request id=%s went away: %s", request_id, fault)
-            answer = Answer(408, {"error": f"the body did not come within {SECONDS_TO_SEND} s"})
+            answer = Answer(408, {"error": str(fault)})
         except Exception:
             log.exception("request id=%s failed", request_id)
             answer = Answer(500, {"error": "internal error"})
         finally:
             self._running.dec()
-        await self._send(send, answer, request_id, close)
+        await _send(send, answer, whole or dump(answer.content), request_id, close)
         known = route[1] if route in self._routes else "other"
         seconds = loop.time() - start
         self._requests.labels(known, str(answer.status)).inc()
@@ -164,21 +171,6 @@ class App:
             raise Refused(411, f"allowed: one Content-Length of at most {LARGEST_BODY} bytes")
         return handler
 
-    async def _send(self, send: Any, answer: Answer, request_id: str, close: bool) -> None:
-        whole = answer.content if isinstance(answer.content, bytes) else dump(answer.content)
-        headers = [
-            (b"content-type", answer.type.encode()), (b"content-length", b"%d" % len(whole)),
-            (b"x-request-id", request_id.encode()), (b"content-digest", content_digest(whole)),
-            *((name.encode(), value.encode()) for name, value in answer.headers.items()),
-            *([(b"connection", b"close")] if close else []),
-        ]  # fmt: skip
-        try:
-            async with asyncio.timeout(SECONDS_TO_TAKE):
-                await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-                await send({"type": "http.response.body", "body": whole})
-        except TimeoutError:
-            log.info("request id=%s: the client did not take its answer", request_id)
-
     async def _alive(self, asked: Asked) -> Answer:
         return Answer(200, {"status": "alive"})
 
@@ -191,28 +183,37 @@ class App:
         return Answer(200, generate_latest(self.registry), type=CONTENT_TYPE_LATEST)
 
 
+async def _send(send: Any, answer: Answer, whole: bytes, request_id: str, close: bool) -> None:
+    headers = [
+        (b"content-type", answer.type.encode()), (b"content-length", b"%d" % len(whole)),
+        (b"x-request-id", request_id.encode()), (b"content-digest", content_digest(whole)),
+        *((name.encode(), value.encode()) for name, value in answer.headers.items()),
+        *([(b"connection", b"close")] if close else []),
+    ]  # fmt: skip
+    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+    await send({"type": "http.response.body", "body": whole})
+
+
 async def _body(receive: Any, headers: Mapping[str, str]) -> bytes:
     """Return the whole body.
 
     Raises:
         Refused: it is too large.
-        TimeoutError: it did not come in time.
-        ConnectionError: the client went away.
+        ConnectionError: the client went away, or was too slow.
     """
     if int(headers.get("content-length", "0")) > LARGEST_BODY:
         raise Refused(413, f"allowed: one Content-Length of at most {LARGEST_BODY} bytes")
     parts, size = [], 0
-    async with asyncio.timeout(SECONDS_TO_SEND):
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ConnectionError("before its body was whole")
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if size > LARGEST_BODY:
-                raise Refused(413, f"allowed: at most {LARGEST_BODY} bytes")
-            if not message.get("more_body", False):
-                return b"".join(parts)
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ConnectionError("before its body was whole")
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > LARGEST_BODY:
+            raise Refused(413, f"allowed: at most {LARGEST_BODY} bytes")
+        if not message.get("more_body", False):
+            return b"".join(parts)
 
 
 def content_digest(content: bytes) -> bytes:
@@ -221,5 +222,14 @@ def content_digest(content: bytes) -> bytes:
 
 
 def dump(document: Any) -> bytes:
-    """Return a document as JSON; a number that JSON does not have is our fault."""
-    return json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
+    """Return a document as JSON.
+
+    Raises:
+        ValueError: a number of it is none of JSON's.
+    """
+    try:
+        content = orjson.dumps(document)
+    except orjson.JSONEncodeError:  # halves of a surrogate pair
+        content = b"null"
+    # which is also what it makes of a number that is none
+    return json.dumps(document, allow_nan=False, separators=(",", ":")).encode() if b"null" in content else content

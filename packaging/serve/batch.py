@@ -143,7 +143,7 @@ class Batcher:
             self._ahead += kind.cost
         self._dispatch()
         try:
-            return await asyncio.gather(*(job.done for job in jobs))
+            return [await jobs[0].done] if len(jobs) == 1 else await asyncio.gather(*(job.done for job in jobs))
         except BaseException:
             for job in jobs:
                 job.done.cancel()

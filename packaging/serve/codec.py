@@ -6,6 +6,7 @@ A request names products by their ids, an answer too; rows of the model's table 
 import itertools
 import json
 import math
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ PLURALS = {"product": "products", "type": "types", "category": "categories"}
 LONGEST_QUERY = 1_000
 
 Id = int | str
+
+AN_ID = "a whole number of 64 bits or a text"
 
 _IDS = {int, str}
 _NUMBERS = {int, float}
@@ -87,12 +90,12 @@ class Codec:
                 or not 0 < len(query) <= LONGEST_QUERY
             ):
                 raise BadRequest(
-                    f"{where}: query: wrong", value=repr(query)[:80], allowed=f"1 to {LONGEST_QUERY} characters"
+                    f"{where}: query: wrong", value=_shown(query), allowed=f"1 to {LONGEST_QUERY} characters"
                 )
         most = MOST_CANDIDATES if rank else self.returned
         k = request.get("k", _check_candidates(request.get("candidates"), where) if rank else min(10, most))
         if type(k) is not int or not 1 <= k <= most:
-            raise BadRequest(f"{where}: k: wrong", value=repr(k)[:80], allowed=f"a whole number from 1 to {most}")
+            raise BadRequest(f"{where}: k: wrong", value=_shown(k), allowed=f"a whole number from 1 to {most}")
         events = request.get("history", [])
         if not isinstance(events, list) or len(events) > MOST_HISTORY:
             raise BadRequest(f"{where}: history: wrong", allowed=f"a list of at most {MOST_HISTORY} events")
@@ -102,7 +105,7 @@ class Codec:
                 _check_product(event, at, {"product", "days_ago"}, {"kind"})
                 _check_number(event["days_ago"], f"{at}.days_ago", MOST_DAYS, f"days from 0 to {MOST_DAYS}")
                 if (kind := event.get("kind", KINDS[0])) not in KINDS:
-                    raise BadRequest(f"{at}.kind: wrong", value=repr(kind)[:80], allowed=", ".join(KINDS))
+                    raise BadRequest(f"{at}.kind: wrong", value=_shown(kind), allowed=", ".join(KINDS))
         offers = request.get("offers", [])
         if not isinstance(offers, list) or len(offers) > MOST_OFFERS:
             raise BadRequest(f"{where}: offers: wrong", allowed=f"a list of at most {MOST_OFFERS} offers")
@@ -165,8 +168,13 @@ class Codec:
 
     def rank(self, request: Any, logits: npt.NDArray[np.float32], k: int) -> dict[str, Any]:
         """Return the k best of a request's candidates by the logits [rows] of all answers, ties in the request's order."""
-        asked = list(dict.fromkeys(request["candidates"]))
+        asked: list[Id] = request["candidates"]
         places = np.fromiter(map(self._place.get, asked, itertools.repeat(0)), np.int64, len(asked))
+        if not np.diff(
+            np.sort(places)
+        ).all():  # one that is named twice counts once; looked for only where there may be one
+            asked = list(dict.fromkeys(asked))
+            places = np.fromiter(map(self._place.get, asked, itertools.repeat(0)), np.int64, len(asked))
         rows = places[places > 0]
         scores = logits[rows]
         order = np.arange(len(rows))
@@ -243,10 +251,15 @@ def _check_candidates(candidates: Any, where: str) -> int:
         raise BadRequest(f"{where}: candidates: wrong", allowed=f"a list of 1 to {MOST_CANDIDATES} ids")
     if not set(map(type, candidates)) <= _IDS:  # a thousand are looked at at once
         i = next(i for i, candidate in enumerate(candidates) if type(candidate) not in (int, str))
-        raise BadRequest(
-            f"{where}: candidates[{i}]: wrong", value=repr(candidates[i])[:80], allowed="a whole number or a text"
-        )
+        raise BadRequest(f"{where}: candidates[{i}]: wrong", value=_shown(candidates[i]), allowed=AN_ID)
     return len(candidates)
+
+
+def _shown(value: Any) -> str:
+    """Return a wrong value in short, however deep or long it is."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxlong = short.maxother = 80
+    return short.repr(value)[:80]
 
 
 def _check_product(value: Any, where: str, needed: set[str], more: set[str]) -> None:
@@ -255,13 +268,11 @@ def _check_product(value: Any, where: str, needed: set[str], more: set[str]) -> 
         allowed = f"an object with {' and '.join(sorted(needed))}" + (
             f", also {', '.join(sorted(more))}" if more else ""
         )
-        raise BadRequest(f"{where}: wrong", value=repr(value)[:80], allowed=allowed)
+        raise BadRequest(f"{where}: wrong", value=_shown(value), allowed=allowed)
     if type(value["product"]) not in (int, str):
-        raise BadRequest(
-            f"{where}.product: wrong", value=repr(value["product"])[:80], allowed="a whole number or a text"
-        )
+        raise BadRequest(f"{where}.product: wrong", value=_shown(value["product"]), allowed=AN_ID)
 
 
 def _check_number(value: Any, where: str, most: float, allowed: str) -> None:
     if type(value) not in (int, float) or not 0 <= value <= most:
-        raise BadRequest(f"{where}: wrong", value=repr(value)[:80], allowed=allowed)
+        raise BadRequest(f"{where}: wrong", value=_shown(value), allowed=allowed)

@@ -8,7 +8,7 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import uvicorn
 import uvloop
@@ -28,7 +28,8 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         """Start the clock, for a client that says nothing holds a connection too."""
         super().connection_made(transport)
-        self._head, self._size = True, 0
+        self._part: Literal["head", "body", ""] = "head"
+        self._size = 0
         self._clock: asyncio.TimerHandle | None = None
         self._stuck: asyncio.TimerHandle | None = None
         self._wind()
@@ -38,14 +39,15 @@ class Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Parse, and refuse a head without end."""
         super().data_received(data)
-        if self._head and not self.transport.is_closing():
-            self._size += len(data)
+        if self.transport.is_closing():
+            return
+        # what is no request, as an empty line or the rest of a body that was not wanted, ended the clock of an idle one
+        if self._part or (self.cycle is not None and self.cycle.response_complete):
             self._wind()
+        if self._part == "head":
+            self._size += len(data)
             if self._size > LARGEST_HEAD:
                 self._refuse(431, f"allowed: headers of at most {LARGEST_HEAD} bytes")
-        elif self.cycle is not None and self.cycle.response_complete and not self.transport.is_closing():
-            # what is no head, as an empty line or the rest of a body that was not wanted, ended the clock of an idle one
-            self._wind()
 
     def pause_writing(self) -> None:
         """Give a client that takes nothing of its answer as long as an answer may take."""
@@ -65,14 +67,20 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """Begin a head."""
-        self._head, self._size = True, 0
+        self._part, self._size = "head", 0
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         """End a head."""
-        self._head = False
+        self._part = "body"
         self._unwind()
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """End a body."""
+        self._part = ""
+        self._unwind()
+        super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP."""
@@ -88,12 +96,22 @@ class Protocol(HttpToolsProtocol):
 
     def _wind(self) -> None:
         if self._clock is None:
-            self._clock = self.loop.call_later(SECONDS_TO_SEND, self.transport.close)
+            self._clock = self.loop.call_later(SECONDS_TO_SEND, self._expire)
 
     def _unwind(self) -> None:
         if self._clock is not None:
             self._clock.cancel()
             self._clock = None
+
+    def _expire(self) -> None:
+        self._clock = None
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if self.pipeline or (answering and self._part != "body"):
+            self._wind()  # what came before it is still being answered
+        elif answering:
+            self._refuse(408, f"the body did not come within {SECONDS_TO_SEND} s")
+        else:
+            self.transport.close()
 
     def _let_take(self) -> None:
         if self._stuck is not None:
@@ -130,6 +148,9 @@ def serve(
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
+    # a line a request: what no line of ours shows is not looked up, https://docs.python.org/3/howto/logging.html#optimization
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     listener = socket.create_server((host, port), backlog=1024)
     config = uvicorn.Config(
         app, http=Protocol, ws="none", lifespan="off", log_config=None, access_log=False,

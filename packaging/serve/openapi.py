@@ -8,7 +8,7 @@ from serve.history import KINDS, MOST_OFFERS, OFFER
 
 Schema = dict[str, Any]
 
-ID: Schema = {"oneOf": [{"type": "integer"}, {"type": "string"}]}
+ID: Schema = {"oneOf": [{"type": "integer", "minimum": -(2**63), "maximum": 2**64 - 1}, {"type": "string"}]}
 SHORT_ID: Schema = {"oneOf": [{"type": "integer", "exclusiveMinimum": -(10**18), "exclusiveMaximum": 10**18},
                               {"type": "string", "minLength": 1, "maxLength": 200}]}  # fmt: skip
 """What the data stage takes for an id."""

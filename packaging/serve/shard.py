@@ -4,9 +4,10 @@ The shard is search's own graph over other rows, so the scores of both are of on
 the digest of the search bundle that it goes with: a shard of another release, whose scale is another, is none of that name.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import orjson
 
 from serve.codec import PLURALS, Id
 from serve.targets import Call, Gone, Heard, checked, connections, post
@@ -34,15 +35,15 @@ def shard_send(url: str, answer_key: str) -> Callable[[Call], Fresh]:
     plural = PLURALS[answer_key]
 
     def send(call: Call) -> Fresh:
-        body = post(pool, url, json.dumps(call.document).encode(), call, {"Content-Type": "application/json"})[0]
+        body = post(pool, url, orjson.dumps(call.document), call, {"Content-Type": "application/json"})[0]
         try:
-            told = json.loads(body)
+            told = orjson.loads(body)
             heard = checked([one[answer_key] for one in told[plural]], [one["score"] for one in told[plural]])
             replaces = told.get("replaces", [])
             if not all(type(item) in (int, str) for item in replaces):
                 raise Gone("corrupt")
             return Fresh(heard, frozenset(replaces))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise Gone("corrupt") from None
 
     return send

@@ -6,7 +6,6 @@ when a target is asked at all.
 
 import contextlib
 import itertools
-import json
 import socket
 import threading
 import time
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import boto3
+import orjson
 import urllib3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
@@ -100,11 +100,11 @@ def http_send(url: str, answer_key: str) -> Send:
     plural = PLURALS[answer_key]
 
     def send(call: Call) -> Heard:
-        body = post(pool, url, json.dumps(call.document).encode(), call, {"Content-Type": "application/json"})[0]
+        body = post(pool, url, orjson.dumps(call.document), call, {"Content-Type": "application/json"})[0]
         try:
-            told = json.loads(body)[plural]
+            told = orjson.loads(body)[plural]
             return checked([one[answer_key] for one in told], [one["score"] for one in told])
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             raise Gone("corrupt") from None
 
     return send

@@ -48,12 +48,12 @@ ARCHIVE = "model.tar.gz"
 
 # what a process of the private cluster imports, with the versions that the release was tested with
 CPU_PACKAGES = (
-    "boto3", "cryptography", "httptools", "numpy", "onnxruntime", "prometheus_client", "rfc8785", "tokenizers", "uvicorn",
-    "uvloop",
+    "boto3", "cryptography", "httptools", "numpy", "onnxruntime", "orjson", "prometheus_client", "rfc8785", "tokenizers",
+    "uvicorn", "uvloop",
 )  # fmt: skip
 GATEWAY_PACKAGES = (
-    "boto3", "cachetools", "cryptography", "httptools", "numpy", "prometheus_client", "rfc8785", "tokenizers", "urllib3",
-    "uvicorn", "uvloop",
+    "boto3", "cachetools", "cryptography", "httptools", "numpy", "orjson", "prometheus_client", "rfc8785", "tokenizers",
+    "urllib3", "uvicorn", "uvloop",
 )  # fmt: skip
 
 DOCKERFILE = """\
