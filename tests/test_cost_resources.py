@@ -270,6 +270,11 @@ def test_public_addresses_are_paid_by_the_zone_and_by_the_task():
     assert address({"It": balancer}) == [None]
     balancer["Properties"] = {"Scheme": "internal"}
     assert address({"It": balancer}) == []
+    balancer["Properties"] = {"Subnets": ["a", "b"], "IpAddressType": "dualstack-without-public-ipv4"}
+    assert address({"It": balancer}) == []
+    for unlisted in ("subnet-1,subnet-2", {"Fn::GetAtt": ["Net", "Subnets"]}):
+        found = lines({"It": {**balancer, "Properties": {"Subnets": unlisted}}, "Net": {"Type": "Custom::Net"}})
+        assert "Subnets is no list" in next(line.note for line in found if line.status == "unknown")
     resources = scaled()
     network = {"AwsvpcConfiguration": {"AssignPublicIp": "ENABLED"}}
     resources["Service"]["Properties"]["NetworkConfiguration"] = network

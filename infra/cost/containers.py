@@ -97,7 +97,7 @@ def _baking(policy: View) -> Decimal | None:
         baking += policy.view("CanaryConfiguration").number("CanaryBakeTimeInMinutes", 10)
     elif strategy == "LINEAR":
         linear = policy.view("LinearConfiguration")
-        steps = (100 / (linear.number("StepPercent", 10) or Decimal(100))).to_integral_value(ROUND_CEILING)
+        steps = (100 / (linear.number("StepPercent", 10, whole=False) or Decimal(100))).to_integral_value(ROUND_CEILING)
         baking += (steps - 1) * linear.number("StepBakeTimeInMinutes", 6)
     elif strategy != "BLUE_GREEN":
         raise NotStatic(f"the deployment strategy {strategy}")

@@ -74,8 +74,10 @@ def load_balancer(meter: Meter, index: Index) -> None:
 
 def _addresses(meter: Meter) -> None:
     """Price the public addresses of a load balancer, one a zone; those that it is given are priced by themselves."""
+    if meter.properties.text("IpAddressType", "ipv4") == "dualstack-without-public-ipv4":
+        return
     given = [item.get("AllocationId") for item in meter.properties.items("SubnetMappings")]
-    zones = len(meter.properties.get("Subnets", [])) + sum(one is None for one in given)
+    zones = len(meter.properties.listed("Subnets")) + sum(one is None for one in given)
     if zones:
         meter.hourly("public IPv4 addresses, one a zone", "public_ipv4.hour", Decimal(zones))
     elif not given:
@@ -126,8 +128,8 @@ def endpoint(meter: Meter, index: Index) -> None:
     kind = meter.properties.text("VpcEndpointType", "Gateway")
     if kind == "Gateway":
         return meter.free("gateway endpoints of S3 and DynamoDB cost nothing")
-    zones = meter.properties.get("SubnetIds", [])
-    if not isinstance(zones, list) or not zones:
+    zones = meter.properties.listed("SubnetIds")
+    if not zones:
         raise NotStatic("SubnetIds, and with it the number of zones, is not in the template")
     meter.properties.reads["SubnetIds"] = f"{len(zones)} subnets, one a zone"
     if kind == "Interface":

@@ -170,6 +170,8 @@ def _meter(meter: Meter, index: Index) -> None:
         meter.free(f"its condition {resource.raw.get('Condition')} does not hold, so it is not made")
     elif isinstance(made, Unknown):
         meter.unknown("all of it", f"whether it is made is not known: {made.reason}")
+    elif "Fn::Transform" in resource.raw:
+        meter.unknown("all of it", "a transform runs when it is deployed")
     elif isinstance(resource.properties, Unknown):
         meter.unknown("all of it", resource.properties.reason)
     elif resource.type == TRANSFORM:

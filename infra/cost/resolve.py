@@ -23,9 +23,10 @@ POINTER = re.compile(r"<([^<>|]*)\|([^<>|.]*)\.([^<>|]*)>")
 
 @dataclass(frozen=True)
 class Unknown:
-    """Stand for a value that only a deployment decides."""
+    """Stand for a value that only a deployment decides; `absent` where it may be left out altogether."""
 
     reason: str
+    absent: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,10 +132,14 @@ class Scope:
                     return self._call(name, argument)
                 if name == "Condition" and isinstance(argument, str):
                     return self.condition(argument)
+            if "Fn::Transform" in node:
+                return Unknown("a transform beside it runs when it is deployed")
             resolved = ((str(key), self.value(item)) for key, item in node.items())
             return {key: item for key, item in resolved if item is not NO_VALUE}
         if isinstance(node, list):
-            return [item for item in map(self.value, node) if item is not NO_VALUE]
+            items = [item for item in map(self.value, node) if item is not NO_VALUE]
+            # how many there are decides a price
+            return next((item for item in items if isinstance(item, Unknown) and item.absent), items)
         return node
 
     def _call(self, name: str, argument: Any) -> Any:
@@ -248,7 +253,9 @@ class Scope:
     def _select(self, argument: Any) -> Any:
         index, items = (self.value(part) for part in argument)
         unknown = next((found for found in (index, items) if isinstance(found, Unknown)), None)
-        return unknown or items[int(index)]
+        if unknown:
+            return unknown
+        return items[int(index)] if int(index) >= 0 else Unknown(f"Fn::Select of {index}")
 
     def _split(self, argument: Any) -> Any:
         delimiter, text = argument
@@ -272,7 +279,9 @@ class Scope:
     def _if(self, argument: Any) -> Any:
         name, yes, no = argument
         holds = self.condition(name)
-        return holds if isinstance(holds, Unknown) else self.value(yes if holds else no)
+        if isinstance(holds, Unknown):
+            return Unknown(holds.reason, absent={"Ref": "AWS::NoValue"} in (yes, no))
+        return self.value(yes if holds else no)
 
     def _equals(self, argument: Any) -> bool | Unknown:
         left, right = (self._text(self.value(part)) for part in argument)
