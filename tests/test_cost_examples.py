@@ -74,7 +74,7 @@ EXAMPLES = [
             {"MinSize": "2", "MaxSize": "2", "LaunchConfigurationName": {"Ref": "Shape"}}, "211.70",
             "published by karpenter-provider-aws: c7g.xlarge 0.145 an hour; two are 211.70 a month",
             others={"Shape": {"Type": "AWS::AutoScaling::LaunchConfiguration",
-                              "Properties": {"InstanceType": "c7g.xlarge"}}}),
+                              "Properties": {"InstanceType": "c7g.xlarge", "InstanceMonitoring": False}}}),
     example("AWS::EC2::Volume", {"VolumeType": "gp3", "Size": 40, "Iops": 4000, "Throughput": 130}, "8.40",
             golden("ebs_volume_test")),
     example("AWS::EC2::Volume", {"VolumeType": "io1", "Size": 30, "Iops": 300}, "23.25", golden("ebs_volume_test")),

@@ -257,6 +257,121 @@ def test_an_instance_takes_from_its_launch_template_what_it_leaves_out():
     assert line.note == "its launch template is in no template here"
 
 
+def shaped(kind, data):
+    """Lines of a group of one or two instances that a launch template or configuration describes."""
+    template = kind.endswith("LaunchTemplate")
+    by = (
+        {"LaunchTemplate": {"LaunchTemplateId": {"Ref": "It"}}}
+        if template
+        else {"LaunchConfigurationName": {"Ref": "It"}}
+    )
+    shape = {"InstanceType": "c5.large", **data}
+    group = {"MinSize": 1, "MaxSize": 2, **by}
+    made = {
+        "It": {"Type": kind, "Properties": {"LaunchTemplateData": shape} if template else shape},
+        "Group": {"Type": "AWS::AutoScaling::AutoScalingGroup", "Properties": group},
+    }
+    return [line for line in lines(made) if line.resource == "Group"]
+
+
+def test_launch_templates_and_configurations_have_names_of_their_own_for_the_same():
+    template, config = "AWS::EC2::LaunchTemplate", "AWS::AutoScaling::LaunchConfiguration"
+    # 7 metrics of 0.30 are the detailed monitoring of an instance, which configurations have unless they say otherwise
+    watched = "detailed monitoring: 7 metrics each"
+    assert watched not in amounts(shaped(template, {}))
+    assert amounts(shaped(template, {"Monitoring": {"Enabled": True}}))[watched] == pytest.approx((2.1, 2.1, 4.2))
+    assert amounts(shaped(config, {}))[watched][1] == pytest.approx(2.1)
+    assert watched not in amounts(shaped(config, {"InstanceMonitoring": False}))
+    assert amounts(shaped(config, {"AssociatePublicIpAddress": True}))["public IPv4 addresses"][1] == pytest.approx(
+        3.65
+    )
+    for kind, data, told in (
+        (template, {"Placement": {"Tenancy": "dedicated"}}, "tenancy dedicated"),
+        (template, {"Placement": {"HostId": "h-1"}}, "a dedicated host"),
+        (config, {"PlacementTenancy": "dedicated"}, "tenancy dedicated"),
+        (config, {"SpotPrice": "0.05"}, "the price changes through the day"),
+    ):
+        [line] = shaped(kind, data)
+        assert line.status == "unknown"
+        assert told in line.note
+
+
+def test_volumes_of_an_instance_are_priced_or_named():
+    it = {"InstanceType": "c5.large"}
+    [line] = one("AWS::EC2::Instance", it)
+    assert line.note == "without the volume that its image brings"
+    found = one("AWS::EC2::Instance", {**it, "BlockDeviceMappings": [{"Ebs": {"SnapshotId": "snap-1"}}]})
+    assert [line.item for line in found if line.status == "unknown"] == ["a volume"]
+    found = one("AWS::EC2::Instance", {**it, "LaunchTemplate": {"LaunchTemplateName": "theirs"}})
+    assert [line.item for line in found if line.status == "unknown"] == ["what its launch template adds"]
+    # IOPS over 32,000 cost less; the book does not know how much
+    found = one("AWS::EC2::Volume", {"VolumeType": "io2", "Size": 100, "Iops": 40_000})
+    assert [(line.quantity[1], line.status) for line in found[1:]] == [(32_000, "fixed"), (8_000, "unknown")]
+
+
+def test_where_a_service_runs_is_its_own_choice_or_its_clusters():
+    def service(**more):
+        made = scaled()
+        del made["Service"]["Properties"]["LaunchType"]
+        made["Service"]["Properties"] |= more.pop("properties", {})
+        return [line for line in lines({**made, **more}) if line.resource == "Service"]
+
+    assert [line.status for line in service()] == ["free"]
+    ties = {"Type": "AWS::ECS::ClusterCapacityProviderAssociations", "Properties": {
+        "Cluster": {"Ref": "Cluster"},
+        "DefaultCapacityProviderStrategy": [{"CapacityProvider": "FARGATE", "Weight": 1}]}}  # fmt: skip
+    assert amounts(service(Ties=ties))["vCPU of tasks: Fargate (x86)"][1] == pytest.approx(2 * 730 * 0.04048)
+    for more in (
+        {"Cluster": "theirs"},
+        {"LaunchType": "EXTERNAL"},
+        {"LaunchType": "EXTERNAL", "SchedulingStrategy": "DAEMON"},
+    ):
+        assert [line.status for line in service(properties=more)] == ["unknown"]
+
+
+def test_sizes_of_tasks_are_numbers_or_texts_and_their_volumes_are_priced():
+    made = scaled()
+    made["Task"]["Properties"] = {"Cpu": "1 vCPU", "Memory": "2 GB"}
+    disk = {"SizeInGiB": 100, "RoleArn": "r"}
+    made["Service"]["Properties"]["VolumeConfigurations"] = [{"Name": "d", "ManagedEBSVolume": disk}]
+    found = amounts(lines(made))
+    assert tasks(made) == tasks(scaled())
+    assert found["volume storage: gp3"] == pytest.approx((16, 16, 64))
+
+
+def test_autoscaling_whose_resource_is_not_static_makes_no_number():
+    made = scaled()
+    target = next(one for one in made.values() if one["Type"].endswith("ScalableTarget"))
+    target["Properties"]["ResourceId"] = {"Fn::Sub": "service/${Theirs}/${Service.Name}"}
+    more = {"Parameters": {"Theirs": {"Type": "String"}}}
+    found = [line for line in lines(made, **more) if line.resource == "Service"]
+    assert [line.status for line in found] == ["unknown"]
+    assert "give it by --parameter Theirs=VALUE" in found[0].note
+    assert {line.status for line in lines(made, **more, parameters={"Theirs": "x"}) if line.amount} == {"fixed"}
+
+
+def test_provisioned_concurrency_follows_the_chips_and_the_autoscaling_of_its_alias():
+    def function(alias, **more):
+        made = {
+            "Function": {"Type": "AWS::Lambda::Function", "Properties": {"MemorySize": 1024, "FunctionName": "f", **more}},
+            "Alias": {"Type": "AWS::Lambda::Alias", "Properties": {"FunctionName": {"Ref": "Function"}, "Name": alias}},
+            "Target": {"Type": "AWS::ApplicationAutoScaling::ScalableTarget", "Properties": {
+                "ResourceId": "function:f:live", "MinCapacity": 1, "MaxCapacity": 3,
+                "ScalableDimension": "lambda:function:ProvisionedConcurrency"}},
+        }  # fmt: skip
+        return {line.item: line for line in lines(made)}
+
+    line = function("live")["provisioned concurrency"]
+    assert [q / 730 for q in line.quantity] == [3600, 3600, 10800]
+    assert "costs less" in function("live")["duration (x86)"].note
+    assert "provisioned concurrency" not in function("other")
+    assert function("live", Architectures=["arm64"])["provisioned concurrency"].status == "unknown"
+    found = one("AWS::Lambda::Function", {"Architectures": [{"Ref": "No"}]})
+    assert [line.status for line in found] == ["usage", "unknown"]
+    python = {"Runtime": "python3.12", "SnapStart": {"ApplyOn": "PublishedVersions"}}
+    assert "SnapStart" in [line.item for line in one("AWS::Lambda::Function", python)]
+
+
 def test_public_addresses_are_paid_by_the_zone_and_by_the_task():
     def address(resources):
         found = [line for line in lines(resources) if line.item.startswith("public IPv4")]

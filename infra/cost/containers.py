@@ -1,18 +1,21 @@
 """Containers: ECS services on Fargate and on EC2, their clusters, EKS."""
 
+import re
 from decimal import ROUND_CEILING, Decimal
+from typing import Any
 
+from infra.cost.compute import volumes
 from infra.cost.lines import Meter, NotStatic, View, each
-from infra.cost.scaling import Index, Pricer, capacity
+from infra.cost.scaling import Index, Pricer, capacity, property_of
 from infra.cost.usage import MB_PER_GB, Three, requests
 
 
 def ecs_service(meter: Meter, index: Index) -> None:
     """Price a service's tasks on Fargate; on EC2 its cluster's instances are billed, once."""
     service = meter.properties
+    shares = _providers(service, index)
     if service.text("SchedulingStrategy", "REPLICA") == "DAEMON":
         return meter.free("a daemon runs on the cluster's instances, which are billed once, where they are declared")
-    shares = _providers(service, index)
     if set(shares) == {"EC2"}:
         return meter.free("its tasks run on the cluster's instances, which are billed once, where they are declared")
     task = index.at(service.get("TaskDefinition"), "AWS::ECS::TaskDefinition")
@@ -23,7 +26,7 @@ def ecs_service(meter: Meter, index: Index) -> None:
     if not platform.text("OperatingSystemFamily", "LINUX").upper().startswith("LINUX"):
         return meter.unknown("tasks", "the price book has none for Windows on Fargate")
     chip = {"ARM64": "arm", "X86_64": "x86"}.get(platform.text("CpuArchitecture", "X86_64").upper(), "other")
-    cpu, memory = shape.number("Cpu") / 1024, shape.number("Memory") / MB_PER_GB
+    cpu, memory = _size(shape, "Cpu", "vCPU"), _size(shape, "Memory", "GB")
     storage = shape.view("EphemeralStorage").number("SizeInGiB", 20)
     target = index.scaler(meter.resource, "ecs:service:DesiredCount")
     meter.serves(lambda u: requests(u["requests_per_second"], meter.hours), "requests_per_second")
@@ -47,6 +50,8 @@ def ecs_service(meter: Meter, index: Index) -> None:
                 each(count, storage - 20),
                 of=shape,
             )
+    for volume in service.items("VolumeConfigurations"):
+        volumes(meter, volume.view("ManagedEBSVolume"), "SizeInGiB", tasks, default="gp3")
     network = service.view("NetworkConfiguration").view("AwsvpcConfiguration")
     if network.text("AssignPublicIp", "DISABLED") == "ENABLED":
         meter.hourly("public IPv4 addresses of tasks", "public_ipv4.hour", tasks, of=network)
@@ -54,6 +59,12 @@ def ecs_service(meter: Meter, index: Index) -> None:
         meter.used("data out to the internet", "egress.internet", lambda u: u["internet_gb"], "internet_gb")
     _deploying(meter, service, tasks, {"vcpu": cpu, "memory": memory}, shares, chip)
     return None
+
+
+def _size(shape: View, name: str, unit: str) -> Decimal:
+    """Return a task's vCPU or memory in GB, which may be written as 1024, or as "1 vCPU" or "2 GB"."""
+    said = re.fullmatch(rf"([0-9]*\.?[0-9]+) ?{unit}", shape.text(name), re.IGNORECASE)
+    return Decimal(said[1]) if said else shape.number(name) / MB_PER_GB
 
 
 def _deploying(
@@ -109,9 +120,10 @@ def _providers(service: View, index: Index) -> dict[str, Decimal]:
     strategy = service.items("CapacityProviderStrategy")
     launch = service.text("LaunchType")
     if not strategy and not launch:
-        cluster = index.at(service.get("Cluster"), "AWS::ECS::Cluster")
-        strategy = View(cluster.properties).items("DefaultCapacityProviderStrategy") if cluster else []
+        strategy = _default_strategy(service.get("Cluster"), index)
     if not strategy:
+        if launch not in ("", "EC2", "FARGATE"):
+            raise NotStatic(f"the price book has none for the launch type {launch}")
         return {"FARGATE" if launch == "FARGATE" else "EC2": Decimal(1)}
     weights: dict[str, Decimal] = {}
     for item in strategy:
@@ -126,6 +138,16 @@ def _providers(service: View, index: Index) -> dict[str, Decimal]:
     if not total:
         raise NotStatic("a capacity provider strategy without weights")
     return {key: weight / total for key, weight in weights.items() if weight}
+
+
+def _default_strategy(pointer: Any, index: Index) -> list[View]:
+    """Return the strategy of a cluster for services that have none and no launch type, which run on EC2 without one."""
+    cluster = index.at(pointer, "AWS::ECS::Cluster")
+    if cluster is None:
+        raise NotStatic("without a launch type its cluster decides where it runs, which is in no template here")
+    ties = index.of("AWS::ECS::ClusterCapacityProviderAssociations")
+    mine = [tie for tie in ties if index.at(property_of(tie, "Cluster"), cluster.type) is cluster]
+    return [item for it in (cluster, *mine) for item in View(it.properties).items("DefaultCapacityProviderStrategy")]
 
 
 def ecs_cluster(meter: Meter, index: Index) -> None:

@@ -7,7 +7,7 @@ from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
 from infra.cost.lines import Meter, NotStatic, Resource, View
-from infra.cost.resolve import POINTER, Pointer
+from infra.cost.resolve import POINTER, Pointer, Unknown
 from infra.cost.usage import Three
 
 Pricer = Callable[[Meter, "Index"], None]
@@ -46,15 +46,24 @@ class Index:
         return (resource for resource in self.resources.values() if resource.type == kind)
 
     def scaler(self, resource: Resource, dimension: str, tail: str = "") -> Resource | None:
-        """Return the autoscaling target of a resource; with `tail` of a part, as `/variant/a` of an endpoint."""
-        for target in self.of("AWS::ApplicationAutoScaling::ScalableTarget"):
-            if str(property_of(target, "ScalableDimension")) != dimension:
-                continue
+        """Return the autoscaling target of a resource; with `tail` of a part, as `/variant/a` of an endpoint.
+
+        Raises:
+            NotStatic: a target may be that of the resource, but what it scales is not static.
+        """
+        targets = [
+            target
+            for target in self.of("AWS::ApplicationAutoScaling::ScalableTarget")
+            if str(property_of(target, "ScalableDimension")) == dimension
+        ]
+        for target in targets:
             scaled = str(property_of(target, "ResourceId"))
-            if tail and not scaled.endswith(tail):
-                continue
-            if self._names(scaled, resource):
+            if (not tail or scaled.endswith(tail)) and self._names(scaled, resource):
                 return target
+        for target in targets:
+            what = property_of(target, "ResourceId")
+            if isinstance(what, Unknown) and target.scope is resource.scope:
+                raise NotStatic(f"{target.id} may scale it: its ResourceId is not static: {what.reason}")
         return None
 
     def scaled(self, target: Resource) -> bool:
@@ -70,7 +79,7 @@ class Index:
             return (last[-1][0], last[-1][1]) == place
         named = NAMED.get(resource.type)
         name = property_of(resource, named) if named else None
-        return isinstance(name, str) and name in text.split("/")
+        return isinstance(name, str) and name in re.split("[/:]", text)
 
     def _is_unit(self, stack: str, name: str) -> bool:
         found = self.resources.get((stack, name))
