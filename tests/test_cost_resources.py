@@ -84,6 +84,20 @@ def test_a_schedule_that_is_not_understood_makes_no_number():
     assert "not understood" in found[0].note
 
 
+def test_schedules_count_every_hour_that_they_name_and_the_part_of_one():
+    def through(*actions):
+        return tasks(scaled(actions, MinCapacity=0, MaxCapacity=0))[0]
+
+    on, off = {"MinCapacity": 24, "MaxCapacity": 24}, {"MinCapacity": 0, "MaxCapacity": 0}
+    # 24 tasks for half an hour, for half an hour to the next, and for two spans of two hours each day
+    assert through(at("cron(0 8 * * ? *)", **on), at("cron(30 8 * * ? *)", **off)) == pytest.approx(0.5)
+    assert through(at("cron(45 7 * * ? *)", **on), at("cron(15 8 * * ? *)", **off)) == pytest.approx(0.5)
+    assert through(at("cron(0 8,20-21 * * ? *)", **on), at("cron(0 9,22 * * ? *)", **off)) == pytest.approx(3)
+    for hours in ("8,*/2", "22-2", "8-25", "1-2-3"):
+        odd = scaled([at(f"cron(0 {hours} * * ? *)", **on)])
+        assert "not understood" in next(line.note for line in lines(odd) if line.resource == "Service")
+
+
 def test_tasks_on_instances_are_billed_once():
     resources = scaled()
     resources["Service"]["Properties"]["LaunchType"] = "EC2"

@@ -165,17 +165,20 @@ def _week(target: View) -> tuple[list[Decimal], list[Decimal]]:
 
 
 def week(start: Decimal, changes: Iterable[tuple[str, Decimal]]) -> list[Decimal]:
-    """Return a number for each hour of a week that schedules change.
+    """Return a number for each hour of a week that schedules change; of an hour within which it changes, the mean.
 
     Raises:
         NotStatic: a schedule is not understood.
     """
-    at = {hour: new for schedule, new in changes for hour in _hours(schedule)}
-    now, found = start, [start] * WEEK
-    # twice around: what the last change of a week sets holds when the next begins
-    for hour in range(2 * WEEK if at else 0):
-        now = at.get(hour % WEEK, now)
-        found[hour % WEEK] = now
+    at = sorted({minute: new for schedule, new in changes for minute in _minutes(schedule)}.items())
+    # what the last change of a week sets holds when the next begins
+    now, found = at[-1][1] if at else start, []
+    for hour in range(WEEK):
+        since, held = hour * 60, Decimal(0)
+        for minute, new in at:
+            if minute // 60 == hour:
+                held, since, now = held + now * (minute - since), minute, new
+        found.append((held + now * (hour * 60 + 60 - since)) / 60)
     return found
 
 
@@ -186,17 +189,21 @@ def recurrence(text: str) -> str:
     return f"cron({minute} {hour} {day} {month} {named} *)"
 
 
-def _hours(schedule: str) -> list[int]:
-    """Return the hours of a week, from Monday 0, at which cron(minutes hours day month weekday year) fires."""
+def _minutes(schedule: str) -> list[int]:
+    """Return the minutes of a week, from Monday 0, at which cron(minutes hours day month weekday year) fires."""
     if schedule.startswith("at("):
         return []
     match = re.fullmatch(r"cron\((\S+) (\S+) (\S+) (\S+) (\S+) (\S+)\)", schedule.strip())
     if not match or not match[1].isdigit() or match[3] not in "*?" or match[4] != "*" or match[6] != "*":
         raise NotStatic(f"the schedule {schedule} is not understood: daily or weekly cron alone")
-    hours = range(24) if match[2] == "*" else [int(part) for part in match[2].split(",") if part.isdigit()]
-    if not hours or any(hour > 23 for hour in hours):
-        raise NotStatic(f"the schedule {schedule} is not understood: hours as 8 or 8,20")
-    return [day * 24 + hour for day in _weekdays(match[5]) for hour in hours]
+    hours: list[int] = []
+    for part in ("0-23" if match[2] == "*" else match[2]).split(","):
+        span = re.fullmatch(r"([0-9]{1,2})(?:-([0-9]{1,2}))?", part)
+        first, last = (int(span[1]), int(span[2] or span[1])) if span else (1, 0)
+        if not first <= last < 24 or int(match[1]) > 59:
+            raise NotStatic(f"the schedule {schedule} is not understood: hours as 8, 8,20 or 8-20")
+        hours += range(first, last + 1)
+    return [(day * 24 + hour) * 60 + int(match[1]) for day in _weekdays(match[5]) for hour in hours]
 
 
 def _weekdays(text: str) -> list[int]:
