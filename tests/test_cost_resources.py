@@ -1,5 +1,6 @@
 """What each kind of resource costs, and what a release of it costs once, by hand from the prices of the book."""
 
+from dataclasses import replace
 from decimal import Decimal
 
 import pytest
@@ -464,6 +465,87 @@ def test_what_has_no_price_of_its_own_is_not_priced_as_its_neighbour():
     kept = {"LifecycleConfiguration": {"Rules": [{"Transitions": [{"StorageClass": "GLACIER"}]}]}}
     assert "at most" in one("AWS::S3::Bucket", kept)[0].note
     assert one("AWS::DynamoDB::Table", {"BillingMode": "{{resolve:ssm:/mode}}"})[0].status == "unknown"
+
+
+def managed(name, vendor="AWS"):
+    group = {"Name": name, "VendorName": vendor}
+    return {"Rules": [{"Name": name, "Priority": 0, "Statement": {"ManagedRuleGroupStatement": group}}]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "properties", "item"),
+    [
+        ("AWS::SNS::Topic", {"Subscription": [{"Protocol": "sms", "Endpoint": "+1"}]}, "notifications"),
+        ("AWS::WAFv2::WebACL", managed("AWSManagedRulesATPRuleSet"), "the rules AWSManagedRulesATPRuleSet of AWS"),
+        ("AWS::WAFv2::WebACL", managed("Theirs", "Shop"), "the rules Theirs of Shop"),
+        ("AWS::KinesisFirehose::DeliveryStream",
+         {"ExtendedS3DestinationConfiguration": {"DynamicPartitioningConfiguration": {"Enabled": True}}},
+         "dynamic partitioning"),
+        ("AWS::CloudTrail::Trail", {"InsightSelectors": [{"InsightType": "ApiCallRateInsight"}]}, "insights"),
+        ("AWS::Events::Rule", {"Targets": [{"Id": "t", "EcsParameters": {"LaunchType": "FARGATE"}}]},
+         "tasks that it starts, 1 each time"),
+        ("AWS::CloudWatch::Alarm", {"Metrics": [{"Id": "q", "Expression": "SELECT MAX(CPU) FROM x"}]}, "alarm metrics"),
+        ("AWS::CodeBuild::Project", {"Environment": {"Type": "LINUX_CONTAINER", "Fleet": {"FleetArn": "f"}}},
+         "build minutes"),
+        ("AWS::S3::Bucket", {"ReplicationConfiguration": {"Role": "r"}}, "ReplicationConfiguration"),
+    ],
+)  # fmt: skip
+def test_what_costs_more_without_a_price_in_the_book_is_named(kind, properties, item):
+    assert [line.item for line in one(kind, properties) if line.status == "unknown"] == [item]
+
+
+def test_plain_neighbours_of_what_costs_more_are_known():
+    rule = {"Targets": [{"Id": "t", "Arn": "a"}]}
+    for kind, properties in (
+        ("AWS::WAFv2::WebACL", managed("AWSManagedRulesCommonRuleSet")),
+        ("AWS::Events::Rule", rule),
+    ):
+        assert "unknown" not in {line.status for line in one(kind, properties)}
+
+
+def test_what_belongs_to_a_resource_is_counted_with_it():
+    used = usage_of(notifications=100_000, queries=2_000_000_000, messages=1024, payload_kb=1024, storage_gb=0)
+
+    def found(kind, properties):
+        return {name: amount[1] for name, amount in amounts(one(kind, properties, used)).items()}
+
+    topic = {"Subscription": [{"Protocol": "email", "Endpoint": "e"}, {"Protocol": "sqs", "Endpoint": "q"}]}
+    assert found("AWS::SNS::Topic", topic)["notifications by email"] == 2
+    secret = {"ReplicaRegions": [{"Region": "us-west-2"}, {"Region": "eu-west-1"}]}
+    assert found("AWS::SecretsManager::Secret", secret)["secret and its replicas"] == pytest.approx(1.2)
+    # 400.00 for the first 1,000 million, 20.00 for each 100 million more (infracost, route53_record_test.golden)
+    assert found("AWS::Route53::HostedZone", {})["queries"] == pytest.approx(600)
+    assert found("AWS::Events::Archive", {})["events taken in"] == pytest.approx(0.1)
+    cached = {"StageDescription": {"CacheClusterEnabled": True, "CacheClusterSize": "0.5"}}
+    assert found("AWS::ApiGateway::Deployment", cached) == {"cache of 0.5 GB": pytest.approx(14.6)}
+    assert one("AWS::ApiGateway::Deployment", {})[0].status == "free"
+    assert one("AWS::EC2::EIP", {"PublicIpv4Pool": "ipv4pool-ec2-1"})[0].status == "free"
+
+
+def test_data_is_counted_where_aws_counts_it():
+    used = usage_of(requests_per_second=1, request_kb=1, response_kb=3, cross_zone_gb=100)
+    private = {"EndpointConfiguration": {"Types": ["PRIVATE"]}}
+    assert "data out to the internet" not in amounts(one("AWS::ApiGateway::RestApi", private, used))
+    # between the zones of an application load balancer data is free, of a network load balancer it is not
+    kind, internal = "AWS::ElasticLoadBalancingV2::LoadBalancer", {"Scheme": "internal"}
+    assert "data between zones" not in amounts(one(kind, internal, used))
+    assert amounts(one(kind, {**internal, "Type": "network"}, used))["data between zones"][1] == pytest.approx(1)
+    assert amounts(lines(scaled(), used))["data between zones"][1] == pytest.approx(1)
+
+    def captured(*modes):
+        capture = {"EnableCapture": True, "CaptureOptions": [{"CaptureMode": mode} for mode in modes]}
+        shape = {"ProductionVariants": [variant()], "DataCaptureConfig": capture}
+        return amounts(one("AWS::SageMaker::EndpointConfig", shape, used))["captured data, kept in S3"][1]
+
+    assert captured("Input") * 4 == pytest.approx(captured("Input", "Output"))
+    assert captured("Output") * 4 == pytest.approx(captured("InputAndOutput") * 3)
+
+
+def test_groups_of_devices_of_two_accounts_are_two():
+    group = {"It": {"Type": "AWS::GreengrassV2::Deployment", "Properties": {"TargetArn": "group"}}}
+    stacks = [replace(stack(group, name=name), account=name) for name in ("dev", "prod")]
+    found = price(stacks, BOOK, usage_of(devices=10, sync_minutes=15, message_kb=1)).lines
+    assert [float(line.amount[1]) for line in found if line.item == "active core devices"] == pytest.approx([1.6, 1.6])
 
 
 def test_data_that_leaves_is_counted_where_a_key_tells_it():

@@ -35,8 +35,8 @@ def instance(meter: Meter, index: Index, count: Three | None = None, node: View 
         meter.monthly("detailed monitoring: 7 metrics each", "cw.metric.custom", each(number, Decimal(7)), of=view)
     if any(str(one.get("AssociatePublicIpAddress")).lower() == "true" for one in view.items("NetworkInterfaces")):
         meter.hourly("public IPv4 addresses", "public_ipv4.hour", number, of=view)
-    if meter.ask("internet_gb"):
-        meter.used("data out to the internet", "egress.internet", lambda u: u["internet_gb"], "internet_gb")
+    meter.told("data out to the internet", "egress.internet", "internet_gb")
+    meter.told("data between zones", "intra_region.inter_az_each_way", "cross_zone_gb")
 
 
 def _launched(meter: Meter, index: Index) -> View:
@@ -201,6 +201,10 @@ def _concurrency(name: Resource, code: Resource, index: Index) -> Resource | Non
 def build_project(meter: Meter, index: Index) -> None:
     """Price a CodeBuild project's minutes."""
     environment = meter.properties.view("Environment")
+    if environment.view("Fleet").get("FleetArn") is not None:
+        return meter.unknown(
+            "build minutes", "they run on machines of a fleet, which are paid by the minute they stand by"
+        )
     kind, size = environment.text("Type"), environment.text("ComputeType")
     if kind != "LINUX_CONTAINER":
         return meter.unknown("build minutes", f"the price book has none for {kind}")

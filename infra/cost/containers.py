@@ -55,8 +55,8 @@ def ecs_service(meter: Meter, index: Index) -> None:
     network = service.view("NetworkConfiguration").view("AwsvpcConfiguration")
     if network.text("AssignPublicIp", "DISABLED") == "ENABLED":
         meter.hourly("public IPv4 addresses of tasks", "public_ipv4.hour", tasks, of=network)
-    if meter.ask("internet_gb"):
-        meter.used("data out to the internet", "egress.internet", lambda u: u["internet_gb"], "internet_gb")
+    meter.told("data out to the internet", "egress.internet", "internet_gb")
+    meter.told("data between zones", "intra_region.inter_az_each_way", "cross_zone_gb")
     _deploying(meter, service, tasks, {"vcpu": cpu, "memory": memory}, shares, chip)
     return None
 

@@ -205,6 +205,11 @@ class Meter:
         low, expected, high = sorted(three) if "sync_minutes" in keys else three
         self._add(item, sku, (low, expected, high), status, of=of, note=note, usage=given)
 
+    def told(self, item: str, sku: str, key: str) -> None:
+        """Add what one usage key counts, where it is given."""
+        if self.ask(key):
+            self.used(item, sku, lambda u: u[key], key)
+
     def release(self, item: str, sku: str, quantity: Decimal, *, of: View | None = None, note: str = "") -> None:
         """Add what falls due once a release."""
         self._add(item, sku, three(quantity), "release", of=of, note=note)

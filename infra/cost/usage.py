@@ -35,7 +35,7 @@ KEYS = {
     "connections_per_second": "new connections a second at a load balancer",
     "connection_seconds": "how long a connection stays open",
     "internet_gb": "data sent to the internet, GB a month",
-    "cross_zone_gb": "data that crosses zones, GB a month, each way counted",
+    "cross_zone_gb": "data that tasks, instances or an NLB send across zones, GB a month, each way counted",
     "inter_region_gb": "data sent to another region, GB a month",
     "processed_gb": "data through a NAT gateway, an endpoint or a connection, GB a month",
     # devices
