@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Literal
 
@@ -48,13 +48,23 @@ class Difference:
         return {name: _sum(change for change in monthly if change.line.environment == name) for name in names}
 
     @property
+    def one_sided(self) -> list[Change]:
+        """Return the changes of which usage tells the amount on one side alone."""
+        return [
+            change
+            for change in self.changes
+            if change.delta is None and not change.unknown and (change.before is None) != (change.after is None)
+        ]
+
+    @property
     def unknown(self) -> list[Change]:
         """Return the changes to or from a price that is not known."""
         return [change for change in self.changes if change.unknown]
 
 
 def difference(old: Report, new: Report) -> Difference:
-    """Compare two reports."""
+    """Compare two reports; two templates that lie alone in files of other names are one that changed."""
+    old = _renamed(old, new)
     before, after = _keyed(old.lines), _keyed(new.lines)
     # a resource of which something is not known on one side: what only the other side has is no rise or fall
     hazy = [{(line.stack, line.path) for line in report.lines if line.status == "unknown"} for report in (new, old)]
@@ -66,6 +76,16 @@ def difference(old: Report, new: Report) -> Difference:
             changes.append(change)
     changes.sort(key=lambda change: (change.line.stack, change.line.path, change.line.item))
     return Difference(old, new, tuple(changes))
+
+
+def _renamed(old: Report, new: Report) -> Report:
+    """Return a report of one template with the stack's name that another report of one template has."""
+    names = [{line.stack.partition(":")[0] for line in report.lines} for report in (old, new)]
+    if any(len(found) != 1 or "/" in "".join(found) for found in names) or names[0] == names[1]:
+        return old
+    [[was], [name]] = names
+    lines = (replace(line, stack=name + line.stack.removeprefix(was)) for line in old.lines)
+    return replace(old, lines=tuple(lines))
 
 
 def _keyed(lines: Iterable[Line]) -> dict[tuple[str, str, str, int], Line]:
