@@ -360,6 +360,8 @@ def test_yaml_with_short_forms_is_read(tmp_path):
         "\0",
         "[" * 100_000,
         '{"a":' * 100_000,
+        '{"Resources": {"A": {}, "A": {}}}',
+        "Resources:\n  A: {}\n  A: {}\n",
     ],
 )
 def test_what_is_no_template_is_an_error_in_one_line(tmp_path, text):
@@ -598,6 +600,9 @@ def test_scenarios_patterns_and_hours_of_the_day(tmp_path):
         ("[all]\nsync_minutes = 0", "more than 0"),
         ("[month]\nhour = 1", "unknown key"),
         ("[month]\nhours = 0", "out of range"),
+        ("[month]\nhours = nan", "out of range"),
+        ("month = 5", "not a table"),
+        ("[all]\nprocessed_gb = nan", "not a quantity"),
         ("processed_gb = 1", "not a table"),
         ("[all", "not a usage file"),
     ],
