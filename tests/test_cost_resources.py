@@ -354,6 +354,19 @@ def test_sizes_of_tasks_are_numbers_or_texts_and_their_volumes_are_priced():
     assert found["volume storage: gp3"] == pytest.approx((16, 16, 64))
 
 
+def test_stages_whose_resources_have_one_name_keep_their_own_autoscaling():
+    named = scaled()
+    named["Service"]["Properties"]["ServiceName"] = "api"
+    target = named.pop("Target")
+    target["Properties"]["ResourceId"] = "service/cluster/api"
+    stages = [stack(named, name="dev/cpu"), stack({**named, "Target": target}, name="prod/cpu")]
+    for order in (stages, stages[::-1]):
+        found = [line for line in price(order, BOOK, Usage()).lines if line.item.startswith("vCPU of tasks")]
+        assert {line.stack: [q / 730 for q in line.quantity] for line in found} == {
+            "dev/cpu": [1, 1, 1], "prod/cpu": [2, 2, 8],
+        }  # fmt: skip
+
+
 def test_autoscaling_whose_resource_is_not_static_makes_no_number():
     made = scaled()
     target = next(one for one in made.values() if one["Type"].endswith("ScalableTarget"))

@@ -5,7 +5,7 @@ from typing import Any
 
 from infra.cost.lines import Meter, NotStatic, Resource, View, each, three
 from infra.cost.resolve import Pointer, Unknown
-from infra.cost.scaling import Index, Pricer, limits, mean, property_of, recurrence, week
+from infra.cost.scaling import Index, Pricer, limits, mean, near, property_of, recurrence, week
 from infra.cost.usage import MB_PER_GB, Three
 
 SPOT = "spot instances: the price changes through the day"
@@ -98,7 +98,8 @@ def _through_the_week(meter: Meter, index: Index, sizes: Three) -> Three:
     actions = []
     for action in index.of("AWS::AutoScaling::ScheduledAction"):
         group = property_of(action, "AutoScalingGroupName")
-        mine = index.at(group, meter.resource.type) is meter.resource or (isinstance(name, str) and group == name)
+        named = isinstance(name, str) and group == name and near(action, meter.resource)
+        mine = named or index.at(group, meter.resource.type) is meter.resource
         new = View(action.properties)
         if mine and (when := new.text("Recurrence")):  # without one it happens once
             actions.append((recurrence(when), new))

@@ -58,7 +58,7 @@ class Index:
         ]
         for target in targets:
             scaled = str(property_of(target, "ResourceId"))
-            if (not tail or scaled.endswith(tail)) and self._names(scaled, resource):
+            if (not tail or scaled.endswith(tail)) and self._names(scaled, resource, target):
                 return target
         for target in targets:
             what = property_of(target, "ResourceId")
@@ -69,9 +69,11 @@ class Index:
     def scaled(self, target: Resource) -> bool:
         """Return whether an autoscaling target's resource is among those read."""
         text = str(property_of(target, "ResourceId"))
-        return any(self._names(text, resource) for resource in self.resources.values() if resource is not target)
+        return any(
+            self._names(text, resource, target) for resource in self.resources.values() if resource is not target
+        )
 
-    def _names(self, text: str, resource: Resource) -> bool:
+    def _names(self, text: str, resource: Resource, target: Resource) -> bool:
         place = (resource.scope.stack.name, resource.id)
         # a cluster's name is in the text of each of its services
         last = [match.groups() for match in POINTER.finditer(text) if self._is_unit(match[1], match[2])]
@@ -79,11 +81,18 @@ class Index:
             return (last[-1][0], last[-1][1]) == place
         named = NAMED.get(resource.type)
         name = property_of(resource, named) if named else None
-        return isinstance(name, str) and name in re.split("[/:]", text)
+        return isinstance(name, str) and name in re.split("[/:]", text) and near(resource, target)
 
     def _is_unit(self, stack: str, name: str) -> bool:
         found = self.resources.get((stack, name))
         return found is not None and found.type != "AWS::ECS::Cluster"
+
+
+def near(one: Resource, other: Resource) -> bool:
+    """Return whether two resources may know each other by name: of one account, region and stage."""
+    stacks = one.scope.stack, other.scope.stack
+    places = {(stack.account, stack.region, stack.name.rpartition("/")[0]) for stack in stacks}
+    return len(places) == 1
 
 
 def property_of(resource: Resource, name: str) -> Any:
