@@ -311,6 +311,37 @@ def test_launch_templates_and_configurations_have_names_of_their_own_for_the_sam
         assert told in line.note
 
 
+def test_what_is_meant_by_its_name_is_found():
+    shape = {"Type": "AWS::EC2::LaunchTemplate",
+             "Properties": {"LaunchTemplateName": "web", "LaunchTemplateData": {"InstanceType": "c5.large"}}}  # fmt: skip
+    made = {"Shape": shape, "Group": {"Type": "AWS::AutoScaling::AutoScalingGroup", "Properties": {
+        "MinSize": 1, "MaxSize": 1, "LaunchTemplate": {"LaunchTemplateName": "web"}}}}  # fmt: skip
+    assert price([stack(made)], BOOK, Usage()).total()["USD"][1] == Decimal("62.05")
+    config = {"EndpointConfigName": "search", "ProductionVariants": [variant()]}
+    baked = {"BlueGreenUpdatePolicy": {"TerminationWaitInSeconds": 3600}}
+    made = {
+        "Config": {"Type": "AWS::SageMaker::EndpointConfig", "Properties": config},
+        "Endpoint": {"Type": "AWS::SageMaker::Endpoint",
+                     "Properties": {"EndpointConfigName": "search", "DeploymentConfig": baked}},
+    }  # fmt: skip
+    assert price([stack(made)], BOOK, Usage()).total(release=True)["USD"][1] == Decimal("1.4084")
+
+
+def test_what_cannot_run_as_it_is_written_makes_no_number():
+    [line] = shaped("AWS::EC2::LaunchTemplate", {"InstanceRequirements": {"VCpuCount": {"Min": 2}}})
+    assert "chosen by requirements" in line.note
+    group = {"MinSize": 5, "MaxSize": 2, "LaunchTemplate": {"LaunchTemplateName": "web"}}
+    assert "MinSize 5 is over MaxSize 2" in one("AWS::AutoScaling::AutoScalingGroup", group)[0].note
+    found = lines(scaled(MinCapacity=9))
+    assert [line.status for line in found if line.resource == "Service"] == ["unknown"]
+    made = scaled()
+    made["Service"]["Properties"]["SchedulingStrategy"] = "DAEMON"
+    assert "Fargate does not run" in next(line.note for line in lines(made) if line.resource == "Service")
+    made["Service"]["Properties"] = {"CapacityProviderStrategy": [{"CapacityProvider": {"Ref": "Own"}, "Weight": 1}]}
+    made["Own"] = {"Type": "AWS::ECS::CapacityProvider", "Properties": {"ManagedInstancesProvider": {"a": "b"}}}
+    assert "ECS chooses" in next(line.note for line in lines(made) if line.resource == "Service")
+
+
 def test_volumes_of_an_instance_are_priced_or_named():
     it = {"InstanceType": "c5.large"}
     [line] = one("AWS::EC2::Instance", it)

@@ -5,7 +5,7 @@ from typing import Any
 
 from infra.cost.lines import Meter, NotStatic, Resource, View, each, three
 from infra.cost.resolve import Pointer, Unknown
-from infra.cost.scaling import Index, Pricer, limits, mean, near, property_of, recurrence, week
+from infra.cost.scaling import Index, Pricer, bounded, limits, mean, near, property_of, recurrence, week
 from infra.cost.usage import MB_PER_GB, Three
 
 SPOT = "spot instances: the price changes through the day"
@@ -21,6 +21,8 @@ def instance(meter: Meter, index: Index, count: Three | None = None, node: View 
         tenancy = place.text("Tenancy", "default")
         if tenancy != "default" or any(place.get(name) for name in ("HostId", "HostResourceGroupArn")):
             raise NotStatic(f"tenancy {tenancy}" if tenancy != "default" else "a dedicated host")
+    if view.get("InstanceRequirements") is not None:
+        raise NotStatic("its instance type is chosen by requirements when it starts")
     size = view.text("InstanceType", "m1.small")
     number, blocks = count or three(Decimal(1)), view.items("BlockDeviceMappings")
     meter.hourly(f"instances: {size}, Linux", f"ec2.ondemand.linux.{size}", number, of=view,
@@ -43,7 +45,7 @@ def _launched(meter: Meter, index: Index) -> View:
     """Return an instance's properties, what it leaves out taken from its launch template."""
     instance = meter.properties
     given = instance.view("LaunchTemplate")
-    template = index.at(given.get("LaunchTemplateId"), "AWS::EC2::LaunchTemplate")
+    template = _template(given, by=meter.resource, index=index)
     if template is None:
         if given.whole():
             if instance.get("InstanceType") is None:
@@ -62,9 +64,9 @@ def auto_scaling_group(meter: Meter, index: Index) -> None:
     group = meter.properties
     if group.get("MixedInstancesPolicy") is not None:
         raise NotStatic("a mix of instance types and of spot: the price changes with what is had")
-    least, most = group.number("MinSize"), group.number("MaxSize")
+    least, most = bounded(group, "MinSize", "MaxSize")
     desired = group.number("DesiredCapacity") if group.get("DesiredCapacity") is not None else least
-    template = index.at(group.view("LaunchTemplate").get("LaunchTemplateId"), "AWS::EC2::LaunchTemplate")
+    template = _template(group.view("LaunchTemplate"), by=meter.resource, index=index)
     config = index.at(group.get("LaunchConfigurationName"), "AWS::AutoScaling::LaunchConfiguration")
     if template is None and config is None:
         raise NotStatic("its launch template is in no template here")
@@ -79,6 +81,12 @@ def auto_scaling_group(meter: Meter, index: Index) -> None:
             raise NotStatic(SPOT)
     view.reads.update(group.reads)
     instance(meter, index, _through_the_week(meter, index, (least, desired, most)), view)
+
+
+def _template(given: View, *, by: Resource, index: Index) -> Resource | None:
+    """Return the launch template that is meant by its id, or by its name."""
+    found, name = index.at(given.get("LaunchTemplateId"), "AWS::EC2::LaunchTemplate"), given.get("LaunchTemplateName")
+    return found or index.named("AWS::EC2::LaunchTemplate", "LaunchTemplateName", name, by)
 
 
 def _as_template(config: Resource) -> dict[str, Any]:

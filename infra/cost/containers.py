@@ -15,6 +15,8 @@ def ecs_service(meter: Meter, index: Index) -> None:
     service = meter.properties
     shares = _providers(service, index)
     if service.text("SchedulingStrategy", "REPLICA") == "DAEMON":
+        if set(shares) != {"EC2"}:
+            raise NotStatic("a daemon, which Fargate does not run")
         return meter.free("a daemon runs on the cluster's instances, which are billed once, where they are declared")
     if set(shares) == {"EC2"}:
         return meter.free("its tasks run on the cluster's instances, which are billed once, where they are declared")
@@ -128,6 +130,9 @@ def _providers(service: View, index: Index) -> dict[str, Decimal]:
     weights: dict[str, Decimal] = {}
     for item in strategy:
         name = item.get("CapacityProvider")
+        provider = index.at(name, "AWS::ECS::CapacityProvider")
+        if provider and property_of(provider, "ManagedInstancesProvider") is not None:
+            raise NotStatic("instances that ECS chooses and manages: the price book has none")
         key = name if name in ("FARGATE", "FARGATE_SPOT") else "EC2"
         if item.number("Base", 0) and len(strategy) > 1:
             raise NotStatic(

@@ -5,7 +5,7 @@ from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
 from infra.cost.lines import Meter, NotStatic, Resource, View, each
-from infra.cost.scaling import WEEK, Index, Pricer, capacity, property_of, within
+from infra.cost.scaling import WEEK, Index, Pricer, bounded, capacity, property_of, within
 from infra.cost.usage import MB_PER_GB, Three, requests, traffic_gb
 
 
@@ -101,7 +101,7 @@ def _instances(meter: Meter, index: Index, variant: View, name: str, endpoint: R
     managed = variant.view("ManagedInstanceScaling")
     initial = variant.number("InitialInstanceCount", 1)
     if managed.text("Status", "DISABLED") == "ENABLED":
-        least, most = managed.number("MinInstanceCount", 1), managed.number("MaxInstanceCount")
+        least, most = bounded(managed, "MinInstanceCount", "MaxInstanceCount", 1)
         return within(meter, [least] * WEEK, [most] * WEEK, "managed scaling")
     found = index.scaler(endpoint, "sagemaker:variant:DesiredInstanceCount", f"/variant/{name}") if endpoint else None
     return capacity(meter, initial, found, variant)
@@ -114,7 +114,8 @@ def endpoint(meter: Meter, index: Index) -> None:
     (SageMaker developer guide, "Blue/Green Deployments"); the key deployment_minutes adds what starting takes.
     """
     meter.free("its instances are priced with its configuration")
-    config = index.at(meter.properties.get("EndpointConfigName"), "AWS::SageMaker::EndpointConfig")
+    name, kind = meter.properties.get("EndpointConfigName"), "AWS::SageMaker::EndpointConfig"
+    config = index.at(name, kind) or index.named(kind, "EndpointConfigName", name, meter.resource)
     if config is None:
         return
     deployment = meter.properties.view("DeploymentConfig")

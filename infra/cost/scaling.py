@@ -45,6 +45,13 @@ class Index:
         """Return every resource of a type."""
         return (resource for resource in self.resources.values() if resource.type == kind)
 
+    def named(self, kind: str, key: str, name: Any, by: Resource) -> Resource | None:
+        """Return the resource of a type whose property `key` is the name by which another one knows it."""
+        found = (
+            one for one in self.of(kind) if isinstance(name, str) and property_of(one, key) == name and near(one, by)
+        )
+        return next(found, None)
+
     def scaler(self, resource: Resource, dimension: str, tail: str = "") -> Resource | None:
         """Return the autoscaling target of a resource; with `tail` of a part, as `/variant/a` of an endpoint.
 
@@ -133,6 +140,14 @@ def within(meter: Meter, low: list[Decimal], high: list[Decimal], what: str) -> 
     return (found[0], found[1], found[2]), f"what the load of each hour wants, within the bounds of its {what}"
 
 
+def bounded(view: View, low: str, high: str, default: int | None = None) -> tuple[Decimal, Decimal]:
+    """Return a minimum, which may have a default, and a maximum that is not below it."""
+    least, most = view.number(low, default), view.number(high)
+    if least > most:
+        raise NotStatic(f"{low} {least:f} is over {high} {most:f}")
+    return least, most
+
+
 def bounds(low: list[Decimal], high: list[Decimal]) -> Three:
     """Return the means of a minimum, of the same as what is expected, and of a maximum."""
     least, most = mean(low), mean(high)
@@ -160,7 +175,7 @@ def mean(values: list[Decimal]) -> Decimal:
 
 def _week(target: View) -> tuple[list[Decimal], list[Decimal]]:
     """Return minimum and maximum for each hour of a week, as schedules set them."""
-    least, most = target.number("MinCapacity"), target.number("MaxCapacity")
+    least, most = bounded(target, "MinCapacity", "MaxCapacity")
     actions = [(action, action.view("ScalableTargetAction")) for action in target.items("ScheduledActions")]
     series = [
         week(
