@@ -532,6 +532,12 @@ def managed(name, vendor="AWS"):
         ("AWS::CodeBuild::Project", {"Environment": {"Type": "LINUX_CONTAINER", "Fleet": {"FleetArn": "f"}}},
          "build minutes"),
         ("AWS::S3::Bucket", {"ReplicationConfiguration": {"Role": "r"}}, "ReplicationConfiguration"),
+        ("AWS::ElasticLoadBalancingV2::LoadBalancer",
+         {"Scheme": "internal", "MinimumLoadBalancerCapacity": {"CapacityUnits": 100}}, "reserved capacity units"),
+        ("AWS::EC2::NatGateway", {"AvailabilityMode": "regional"}, "all of it"),
+        ("AWS::EC2::VPNConnection", {"EnableAcceleration": True}, "acceleration"),
+        ("AWS::EKS::Cluster", {"ComputeConfig": {"Enabled": True}}, "instances"),
+        ("AWS::Logs::LogGroup", {"DataProtectionPolicy": {"Name": "p"}}, "data protection"),
     ],
 )  # fmt: skip
 def test_what_costs_more_without_a_price_in_the_book_is_named(kind, properties, item):

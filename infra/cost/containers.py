@@ -168,7 +168,11 @@ def ecs_cluster(meter: Meter, index: Index) -> None:
 
 def eks_cluster(meter: Meter, index: Index) -> None:
     """Price the control plane of an EKS cluster."""
-    meter.hourly("control plane", "eks.cluster.hour", Decimal(1))
+    meter.hourly(
+        "control plane", "eks.cluster.hour", Decimal(1), note="a version in extended support costs six times as much"
+    )
+    if meter.properties.view("ComputeConfig").flag("Enabled"):
+        meter.unknown("instances", "those that the cluster starts and manages by itself are in no template")
 
 
 PRICED: dict[str, Pricer] = {

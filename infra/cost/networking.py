@@ -72,6 +72,8 @@ def load_balancer(meter: Meter, index: Index) -> None:
         meter.used(
             "data between zones", "intra_region.inter_az_each_way", lambda u: u["cross_zone_gb"], "cross_zone_gb"
         )
+    if balancer.view("MinimumLoadBalancerCapacity").get("CapacityUnits"):
+        meter.unknown("reserved capacity units", "the price book has none for units that are reserved")
     if balancer.text("Scheme", "internet-facing") == "internet-facing":
         _egress(meter)
         _addresses(meter)
@@ -117,7 +119,9 @@ def _egress(meter: Meter) -> None:
 
 
 def nat_gateway(meter: Meter, index: Index) -> None:
-    """Price a NAT gateway: hours and data."""
+    """Price a NAT gateway: hours and data; a regional one is paid in each zone where it grows."""
+    if meter.properties.text("AvailabilityMode", "zonal") != "zonal":
+        raise NotStatic("a regional NAT gateway: the number of its zones follows its use")
     meter.hourly("NAT gateway", "nat_gateway.hour", Decimal(1))
     meter.used("data through it", "nat_gateway.data", lambda u: u["processed_gb"], "processed_gb")
     meter.told("data out to the internet", "egress.internet", "internet_gb")
@@ -153,6 +157,8 @@ def endpoint(meter: Meter, index: Index) -> None:
 def vpn(meter: Meter, index: Index) -> None:
     """Price a site-to-site VPN connection, with its attachment where it ends at a transit gateway."""
     meter.hourly("VPN connection", "vpn.connection", Decimal(1))
+    if meter.properties.flag("EnableAcceleration"):
+        meter.unknown("acceleration", "the price book has none for accelerators")
     if meter.properties.get("TransitGatewayId") is not None:
         attachment(meter, index)
     else:

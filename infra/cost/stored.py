@@ -67,6 +67,8 @@ def log_group(meter: Meter, index: Index) -> None:
         "logs kept", "cw.logs.storage", lambda u: u["log_gb"] * (days or Decimal("30.4")) / Decimal("30.4"), "log_gb",
         note=note,
     )  # fmt: skip
+    if meter.properties.get("DataProtectionPolicy"):
+        meter.unknown("data protection", "the price book has none for the search of logs for personal data")
     return meter.told("logs scanned", "cw.logs.insights_scan", "log_scanned_gb")
 
 
