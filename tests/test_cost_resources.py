@@ -425,6 +425,14 @@ def test_provisioned_concurrency_follows_the_chips_and_the_autoscaling_of_its_al
     assert "costs less" in function("live")["duration (x86)"].note
     assert "provisioned concurrency" not in function("other")
     assert function("live", Architectures=["arm64"])["provisioned concurrency"].status == "unknown"
+    made = {
+        "Function": {"Type": "AWS::Lambda::Function"},
+        "Alias": {"Type": "AWS::Lambda::Alias", "Properties": {"FunctionName": {"Ref": "Function"}, "Name": "live"}},
+        "Target": {"Type": "AWS::ApplicationAutoScaling::ScalableTarget", "Properties": {
+            "ResourceId": {"Ref": "No"}, "ScalableDimension": "lambda:function:ProvisionedConcurrency"}},
+    }  # fmt: skip
+    found = {(line.resource, line.status) for line in lines(made)}
+    assert found == {("Function", "usage"), ("Alias", "unknown"), ("Target", "unknown")}
     found = one("AWS::Lambda::Function", {"Architectures": [{"Ref": "No"}]})
     assert [line.status for line in found] == ["usage", "unknown"]
     python = {"Runtime": "python3.12", "SnapStart": {"ApplyOn": "PublishedVersions"}}

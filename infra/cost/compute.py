@@ -150,11 +150,16 @@ def function(meter: Meter, index: Index) -> None:
     meter.used("requests", "lambda.requests", lambda u: u["invocations"], "invocations")
     memory, chip = view.number("MemorySize", 128) / MB_PER_GB, _chip(view)
     disk = view.view("EphemeralStorage").number("Size", 512)
-    ready = any(
-        index.at(property_of(name, "FunctionName"), meter.resource.type) is meter.resource and _ready(name, index)
+    mine = [
+        name
         for kind in ("AWS::Lambda::Alias", "AWS::Lambda::Version")
         for name in index.of(kind)
-    )
+        if index.at(property_of(name, "FunctionName"), meter.resource.type) is meter.resource
+    ]
+    try:
+        ready = any(_ready(name, index) for name in mine)
+    except NotStatic:  # which is told where the alias is priced
+        ready = True
     meter.used(
         f"duration ({chip})", f"lambda.gb_s.{chip}", lambda u: u["invocations"] * u["duration_ms"] / 1000 * memory,
         "invocations", "duration_ms", note="at most: what provisioned concurrency serves costs less" if ready else "",
