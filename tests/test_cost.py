@@ -372,6 +372,13 @@ def test_what_is_no_template_is_an_error_in_one_line(tmp_path, text):
     assert str(path) in str(fault.value)
 
 
+@pytest.mark.parametrize("artifact", [5, {}, {"type": "cdk:cloud-assembly", "properties": {"directoryName": "."}}])
+def test_what_is_no_manifest_is_an_error_in_one_line(tmp_path, artifact):
+    (tmp_path / "manifest.json").write_text(json.dumps({"artifacts": {"a": artifact}}))
+    with pytest.raises(ShipyardError, match="not a manifest of the CDK"):
+        read_stacks(tmp_path)
+
+
 @pytest.mark.parametrize(
     "node",
     [

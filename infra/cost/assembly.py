@@ -129,7 +129,7 @@ def _assembly(folder: Path, region: str, parameters: Mapping[str, Any]) -> list[
                         {**properties.get("parameters", {}), **parameters},
                     )
                 )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
         raise ShipyardError(f"{manifest}: not a manifest of the CDK: {fault!r}", mend="make synth") from None
     return stacks
 
