@@ -89,6 +89,13 @@ def test_every_price_has_source_date_currency_and_confidence():
     assert {row.confidence for row in derived} == {"derived"}
 
 
+def test_a_price_has_the_same_tiers_in_every_region_of_its_currency():
+    starts = {}
+    for (sku, _), tiers in BOOK.rows.items():
+        starts.setdefault((sku, tiers[0].currency), set()).add(tuple(tier.tier_from for tier in tiers))
+    assert {key: found for key, found in starts.items() if len(found) > 1} == {}
+
+
 def test_a_book_is_written_as_it_was_read():
     text = (ROOT / "infra/cost/prices/aws.csv").read_text()
     assert write_book(parse_book(text, "here").flat()) == text
