@@ -153,6 +153,8 @@ def test_an_unknown_price_stays_out_of_the_difference_and_is_named():
         told = "\n".join(difference_lines(change))
         assert "not in the difference, for a price is not known: dev/gpu Config" in told
         assert "the other side is $1,028.13" in told
+        # what one side alone knows is in neither sum
+        assert "a month, USD: low $0.00 ($0.00 -> $0.00)" in told
 
 
 def test_a_resource_that_becomes_unknown_is_no_fall_of_its_cost():
@@ -190,6 +192,13 @@ def test_what_rests_on_other_usage_is_told():
     assert "lines not in the difference, for usage tells them on one side alone: 1" in told
     assert told[-1].endswith("a.toml, 730 hours, no free tiers -> no usage file, 730 hours, no free tiers")
     assert "rest on" not in "".join(difference_lines(difference(report(nat), report({}))))
+
+
+def test_the_last_of_28_digits_is_no_change_of_a_scenario():
+    old = report({"Ip": {"Type": "AWS::EC2::EIP"}})
+    amount = (Decimal("3.65") + Decimal("1e-25"), Decimal("3.65"), Decimal("4.65"))
+    new = replace(old, lines=tuple(replace(line, amount=amount) for line in old.lines))
+    assert "public IPv4 address: $0.00 / $0.00 / +$1.00" in "\n".join(difference_lines(difference(old, new)))
 
 
 def test_an_amount_in_another_currency_is_no_difference():

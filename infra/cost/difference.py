@@ -41,6 +41,22 @@ class Difference:
         """Return the change of the sum by currency: a month, or once a release."""
         return _sum(change for change in self.changes if (change.line.status == "release") == release)
 
+    def compared(self, *, release: bool = False) -> tuple[dict[str, Three], dict[str, Three]]:
+        """Return the sums of both sides by currency without what one side alone knows: their difference is `total`."""
+        alone = [
+            change
+            for change in self.changes
+            if (change.before is None) != (change.after is None)
+            and change.delta is None
+            and (change.line.status == "release") == release
+        ]
+        sums = self.old.total(release=release), self.new.total(release=release)
+        for change in alone:
+            known, side = (change.before, sums[0]) if change.before else (change.after, sums[1])
+            low, expected, high = known or NOTHING
+            side[change.line.currency] = add(side[change.line.currency], (-low, -expected, -high))
+        return sums
+
     def by_environment(self) -> dict[str, dict[str, Three]]:
         """Return the change a month by stage and currency."""
         names = sorted({line.environment for report in (self.old, self.new) for line in report.lines})
@@ -123,7 +139,7 @@ def _change(old: Line | None, new: Line | None, *, unknown: bool) -> Change | No
         and not (old and new and old.currency and new.currency and old.currency != new.currency)
     ):
         less, more = before or NOTHING, after or NOTHING
-        delta = (more[0] - less[0], more[1] - less[1], more[2] - less[2])
+        delta = _rounded((more[0] - less[0], more[1] - less[1], more[2] - less[2]))
     sign: Sign = "+" if old is None else "-" if new is None else "~"
     # the line that has the money names the currency
     shown = line if line.amount is not None or old is None or old.amount is None else old

@@ -146,7 +146,7 @@ def difference_sums(change: Difference) -> list[str]:
     """Return what the sums change by in each scenario, a line each for the month and for a release."""
     out = []
     for title, release in (("a month", False), ("once a release", True)):
-        before, after = (report.total(release=release) for report in (change.old, change.new))
+        before, after = change.compared(release=release)
         for currency in sorted({*before, *after}):
             old, new = (sums.get(currency, (0, 0, 0)) for sums in (before, after))
             delta = change.total(release=release).get(currency, (0, 0, 0))
