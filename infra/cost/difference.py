@@ -139,7 +139,8 @@ def _change(old: Line | None, new: Line | None, *, unknown: bool) -> Change | No
         and not (old and new and old.currency and new.currency and old.currency != new.currency)
     ):
         less, more = before or NOTHING, after or NOTHING
-        delta = _rounded((more[0] - less[0], more[1] - less[1], more[2] - less[2]))
+        low, expected, high = (b - a if round(b - a, DIGITS) else ZERO for a, b in zip(less, more, strict=True))
+        delta = low, expected, high
     sign: Sign = "+" if old is None else "-" if new is None else "~"
     # the line that has the money names the currency
     shown = line if line.amount is not None or old is None or old.amount is None else old
