@@ -404,6 +404,7 @@ def test_what_is_no_manifest_is_an_error_in_one_line(tmp_path, artifact):
         {"Fn::Sub": "${No.Arn}"},
         {"Fn::Select": [{"Ref": "No"}, []]},
         {"Fn::Select": [-1, ["c5.large"]]},
+        {"Fn::Base64": "c5.large"},
         {"Fn::Transform": {"Name": "x"}, "Ref": "No"},
         7,
         True,

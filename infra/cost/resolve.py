@@ -1,5 +1,6 @@
 """Resolve a template's intrinsic functions as far as they are static; what is not stays unknown, with its reason."""
 
+import base64
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -314,6 +315,10 @@ class Scope:
             return name
         return self.exports.find(self, name) if isinstance(name, str) else Unknown("an import that is not static")
 
+    def _base64(self, argument: Any) -> Any:
+        found = self._text(self.value(argument))
+        return found if isinstance(found, Unknown) else base64.b64encode(found.encode()).decode()
+
     def _json(self, argument: Any) -> Any:
         return json.dumps(self.value(argument), default=str, sort_keys=True)
 
@@ -351,7 +356,7 @@ _FUNCTIONS: dict[str, Callable[[Scope, Any], Any]] = {
     "Fn::Or": Scope._or,
     "Fn::Not": Scope._not,
     "Fn::ImportValue": Scope._import,
-    "Fn::Base64": lambda scope, argument: scope.value(argument),
+    "Fn::Base64": Scope._base64,
     "Fn::ToJsonString": Scope._json,
     "Fn::Length": Scope._length,
     "Fn::GetAZs": lambda scope, argument: Unknown("the zones of a region are known when it is deployed"),
