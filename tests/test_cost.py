@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import time
 from decimal import Decimal
 from pathlib import Path
@@ -86,6 +87,13 @@ def test_every_price_has_source_date_currency_and_confidence():
     derived = [row for row in rows if " x 1." in row.source]
     assert derived
     assert {row.confidence for row in derived} == {"derived"}
+
+
+def test_a_price_has_the_same_tiers_in_every_region_of_its_currency():
+    starts = {}
+    for (sku, _), tiers in BOOK.rows.items():
+        starts.setdefault((sku, tiers[0].currency), set()).add(tuple(tier.tier_from for tier in tiers))
+    assert {key: found for key, found in starts.items() if len(found) > 1} == {}
 
 
 def test_a_book_is_written_as_it_was_read():
@@ -359,6 +367,8 @@ def test_yaml_with_short_forms_is_read(tmp_path):
         "\0",
         "[" * 100_000,
         '{"a":' * 100_000,
+        '{"Resources": {"A": {}, "A": {}}}',
+        "Resources:\n  A: {}\n  A: {}\n",
     ],
 )
 def test_what_is_no_template_is_an_error_in_one_line(tmp_path, text):
@@ -367,6 +377,13 @@ def test_what_is_no_template_is_an_error_in_one_line(tmp_path, text):
     with pytest.raises(ShipyardError) as fault:
         read_stacks(path)
     assert str(path) in str(fault.value)
+
+
+@pytest.mark.parametrize("artifact", [5, {}, {"type": "cdk:cloud-assembly", "properties": {"directoryName": "."}}])
+def test_what_is_no_manifest_is_an_error_in_one_line(tmp_path, artifact):
+    (tmp_path / "manifest.json").write_text(json.dumps({"artifacts": {"a": artifact}}))
+    with pytest.raises(ShipyardError, match="not a manifest of the CDK"):
+        read_stacks(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -386,6 +403,9 @@ def test_what_is_no_template_is_an_error_in_one_line(tmp_path, text):
         {"Fn::Transform": {"Name": "x"}},
         {"Fn::Sub": "${No.Arn}"},
         {"Fn::Select": [{"Ref": "No"}, []]},
+        {"Fn::Select": [-1, ["c5.large"]]},
+        {"Fn::Base64": "c5.large"},
+        {"Fn::Transform": {"Name": "x"}, "Ref": "No"},
         7,
         True,
         [],
@@ -432,52 +452,27 @@ JSON = st.recursive(
     | st.booleans()
     | st.integers(-5, 10**12)
     | st.text(max_size=8)
-    | st.sampled_from(["c5.large", "Interface", "1"]),
+    | st.sampled_from(
+        ["c5.large", "Interface", "1", "network", "FARGATE", {"Ref": "R0"}, {"Fn::GetAtt": ["R0", "Ids"]}]
+    ),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
             st.sampled_from(["Ref", "Fn::Sub", "Fn::Join", "Fn::If", "Fn::GetAtt", "Name", "Value"]), inner, max_size=2
         )
+        | st.dictionaries(st.deferred(lambda: st.sampled_from(NAMES)), inner, max_size=2)
     ),
     max_leaves=8,
 )
-NAMES = (
-    "ProductionVariants",
-    "InstanceType",
-    "InitialInstanceCount",
-    "LaunchType",
-    "TaskDefinition",
-    "DesiredCount",
-    "Size",
-    "Iops",
-    "VolumeType",
-    "SubnetIds",
-    "VpcEndpointType",
-    "Rules",
-    "Metrics",
-    "MinSize",
-    "MaxSize",
-    "LaunchTemplate",
-    "Environment",
-    "MetricTransformations",
-    "TopicRulePayload",
-    "DeploymentConfig",
-    "EndpointConfigName",
-    "ResourceId",
-    "BillingMode",
-    "ProvisionedThroughput",
-    "CapacityProviderStrategy",
-    "IpAddresses",
-    "MemorySize",
-    "KeySpec",
-    "RetentionInDays",
-)
+SOURCES = sorted((ROOT / "infra" / "cost").glob("*.py"))
+NAMES = sorted({name for path in SOURCES for name in re.findall(r'"([A-Z][A-Za-z]{2,})"', path.read_text())})
+"""Every name that the report's code reads of a template, and a few more."""
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.sampled_from(sorted(PRICED)), st.dictionaries(st.sampled_from(NAMES), JSON, max_size=4)),
+        st.tuples(st.sampled_from(sorted(PRICED)), st.dictionaries(st.sampled_from(NAMES), JSON, max_size=6)),
         max_size=4,
     )
 )
@@ -497,6 +492,10 @@ def test_no_resource_crashes_it(resources):
     assert {line.resource for line in lines(resources)} == set(resources)
 
 
+MAYBE = {"Fn::If": ["None", "b", {"Ref": "AWS::NoValue"}]}
+"""An item that a condition, which is not known, may leave out."""
+
+
 @pytest.mark.parametrize(
     ("kind", "properties"),
     [
@@ -506,6 +505,10 @@ def test_no_resource_crashes_it(resources):
         ("AWS::SageMaker::EndpointConfig", {"ProductionVariants": [{"VariantName": "a"}]}),
         ("AWS::ECS::Service", {"LaunchType": "FARGATE"}),
         ("AWS::EC2::Volume", {"VolumeType": "gp3"}),
+        ("AWS::EC2::VPCEndpoint", {"VpcEndpointType": "Interface", "SubnetIds": "subnet-1,subnet-2"}),
+        ("AWS::EC2::VPCEndpoint", {"VpcEndpointType": "Interface", "SubnetIds": ["a", MAYBE]}),
+        ("AWS::EC2::Instance", {"InstanceType": "c5.large", "Fn::Transform": {"Name": "AWS::Include"}}),
+        *[("AWS::EC2::Volume", {"Size": size}) for size in (-5, "NaN", "1e300", "1_000", "٢٠", True, 1.5, "1.5")],
     ],
 )
 def test_what_decides_the_price_and_is_missing_makes_no_number(kind, properties):
@@ -612,6 +615,9 @@ def test_scenarios_patterns_and_hours_of_the_day(tmp_path):
         ("[all]\nsync_minutes = 0", "more than 0"),
         ("[month]\nhour = 1", "unknown key"),
         ("[month]\nhours = 0", "out of range"),
+        ("[month]\nhours = nan", "out of range"),
+        ("month = 5", "not a table"),
+        ("[all]\nprocessed_gb = nan", "not a quantity"),
         ("processed_gb = 1", "not a table"),
         ("[all", "not a usage file"),
     ],

@@ -172,8 +172,10 @@ def test_a_tier_that_begins_elsewhere_is_held_back_too():
 def test_a_price_that_the_api_does_not_tell_without_doubt_stays():
     old = book(row("fargate.linux.x86.vcpu", "0.0400"))
     twice = [product("USE1-Fargate-vCPU-Hours:perCPU", ("0", "1"), sku=name) for name in ("A", "B")]
-    for page, told in (([], "0 products"), (twice, "2 products"), ([product("USE1-Fargate-vCPU-Hours:perCPU", ("0", "1"),
-                       currency="CNY")], "no price in USD")):  # fmt: skip
+    nothing = [product("USE1-Fargate-vCPU-Hours:perCPU", ("0", "0"))]
+    yuan = [product("USE1-Fargate-vCPU-Hours:perCPU", ("0", "1"), currency="CNY")]
+    told_of = {"0 products": [], "2 products": twice, "a price of 0": nothing, "no price in USD": yuan}
+    for told, page in told_of.items():
         outcome = ask(old, page)
         assert outcome.book(confirmed=True) == old
         assert told in outcome.problems[0]

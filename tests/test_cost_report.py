@@ -153,6 +153,8 @@ def test_an_unknown_price_stays_out_of_the_difference_and_is_named():
         told = "\n".join(difference_lines(change))
         assert "not in the difference, for a price is not known: dev/gpu Config" in told
         assert "the other side is $1,028.13" in told
+        # what one side alone knows is in neither sum
+        assert "a month, USD: low $0.00 ($0.00 -> $0.00)" in told
 
 
 def test_a_resource_that_becomes_unknown_is_no_fall_of_its_cost():
@@ -182,6 +184,28 @@ def test_a_release_that_runs_two_fleets_is_told_apart_from_the_month():
     assert change.total() == {}
     assert change.total(release=True)["USD"][1] == Decimal("0.7042")
     assert any(line.startswith("once a release, USD: low +$0.70") for line in difference_lines(change))
+
+
+def test_what_rests_on_other_usage_is_told():
+    nat = {"Nat": {"Type": "AWS::EC2::NatGateway"}}
+    told = difference_lines(difference(report(nat, replace(usage_of(processed_gb=100), source="a.toml")), report(nat)))
+    assert "lines not in the difference, for usage tells them on one side alone: 1" in told
+    assert told[-1].endswith("a.toml, 730 hours, no free tiers -> no usage file, 730 hours, no free tiers")
+    assert "rest on" not in "".join(difference_lines(difference(report(nat), report({}))))
+
+
+def test_the_last_of_28_digits_is_no_change_of_a_scenario():
+    old = report({"Ip": {"Type": "AWS::EC2::EIP"}})
+    amount = (Decimal("3.65") + Decimal("1e-25"), Decimal("3.65"), Decimal("4.65"))
+    new = replace(old, lines=tuple(replace(line, amount=amount) for line in old.lines))
+    assert "public IPv4 address: $0.00 / $0.00 / +$1.00" in "\n".join(difference_lines(difference(old, new)))
+
+
+def test_an_amount_in_another_currency_is_no_difference():
+    size = {"It": {"Type": "AWS::EC2::Instance", "Properties": {"InstanceType": "c5.large"}}}
+    change = difference(report(size), price([stack(size, region="cn-north-1")], BOOK, Usage(), "here"))
+    assert change.total() == {}
+    assert "in another currency, now CN¥539.47" in "".join(difference_lines(change))
 
 
 # --- guardrails ------------------------------------------------------------------------------------------------------
@@ -319,18 +343,20 @@ def template(tmp_path):
     return write
 
 
-def test_the_verb_prices_a_template_and_writes_every_form(template, tmp_path, capsys):
+def test_the_verb_prices_a_template_and_writes_every_form(template, tmp_path, capsys, monkeypatch):
     path, page, saved = template("new", endpoint(2)), tmp_path / "out" / "cost.html", tmp_path / "saved.json"
-    fleet = str(tmp_path / "fleet.toml")
-    assert main(["cost", path, "--fleet", fleet, "--html", str(page), "--save", str(saved)]) == 0
+    monkeypatch.chdir(tmp_path)  # where no fleet.toml is
+    assert main(["cost", path, "--html", str(page), "--save", str(saved)]) == 0
     assert "$2,056.26" in capsys.readouterr().out
     assert page.read_text().startswith("<!DOCTYPE html>")
-    assert main(["cost", path, "--fleet", fleet, "--json"]) == 0
+    assert main(["cost", path, "--json"]) == 0
     assert capsys.readouterr().out == saved.read_text()
-    assert main(["cost", "diff", str(saved), template("old", endpoint(1)), "--fleet", fleet, "--json"]) == 0
+    assert main(["cost", "diff", str(saved), template("old", endpoint(1)), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["total"] == {"USD": ["-1028.1320"] * 3}
-    assert {one["sign"] for one in told["changes"]} == {"+", "-"}
+    assert {one["sign"] for one in told["changes"]} == {"~"}
+    assert main(["cost", "diff", path, template("copy", endpoint(2))]) == 0
+    assert capsys.readouterr().out.startswith("nothing changes\n")
 
 
 def test_a_guardrail_that_is_crossed_is_an_exit_code(ours, tmp_path, capsys):
@@ -353,6 +379,7 @@ def test_a_guardrail_that_is_crossed_is_an_exit_code(ours, tmp_path, capsys):
         (["cost", "{t}", "--env", "qa"], "--env: no such environment"),
         (["cost", "{t}", "--prices", "none.csv"], "cannot be read"),
         (["cost", "diff", "{t}", "nowhere"], "nowhere: nothing is there"),
+        (["cost", "{t}", "--fleet", "none.toml"], "none.toml: no such file"),
     ],
 )
 def test_an_error_is_one_line(template, arguments, told, capsys):

@@ -1,7 +1,7 @@
 """Read what is to be priced: a cloud assembly (cdk.out), a folder of templates or one template, JSON or YAML."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -73,7 +73,7 @@ def load(path: Path) -> Mapping[str, Any]:
             raise ShipyardError(f"{path}: too large for a template", allowed=f"{LARGEST} bytes")
         text = path.read_text(encoding="utf-8-sig")
         found = (
-            json.loads(text, parse_float=Decimal, parse_constant=_no_number)
+            json.loads(text, parse_float=Decimal, parse_constant=_no_number, object_pairs_hook=_table)
             if text.lstrip().startswith("{")
             else _yaml(text)
         )
@@ -129,13 +129,26 @@ def _assembly(folder: Path, region: str, parameters: Mapping[str, Any]) -> list[
                         {**properties.get("parameters", {}), **parameters},
                     )
                 )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
         raise ShipyardError(f"{manifest}: not a manifest of the CDK: {fault!r}", mend="make synth") from None
     return stacks
 
 
 def _no_number(text: str) -> None:
     raise ValueError(f"{text} is no number of JSON")
+
+
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a table of JSON; of a name that is there twice, one of two resources would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"the name {_twice(name for name, _ in pairs)} is there twice in one table")
+    return found
+
+
+def _twice(names: Iterable[str]) -> str:
+    seen: set[str] = set()
+    return next((name for name in names if name in seen or seen.add(name)), "")  # type: ignore[func-returns-value]
 
 
 def _yaml(text: str) -> Any:
@@ -149,7 +162,18 @@ def _yaml(text: str) -> Any:
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Read YAML safely, with CloudFormation's short forms such as !Ref and !GetAtt."""
+    """Read YAML safely, with CloudFormation's short forms such as !Ref and !GetAtt, and each name of a table once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return a table.
+
+        Raises:
+            ConstructorError: a name is there twice.
+        """
+        names = (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<")
+        if name := _twice(names):
+            raise yaml.constructor.ConstructorError(None, None, f"the name {name} is there twice", node.start_mark)
+        return dict(super().construct_mapping(node, deep))
 
 
 def _short_form(loader: yaml.SafeLoader, tag: str, node: yaml.Node) -> dict[str, Any]:

@@ -113,9 +113,10 @@ def _check(usage: Usage, *reports: Report) -> None:
     usage.check({(line.type, line.resource, line.path, f"{line.stack}/{line.resource}") for line in lines})
 
 
-def _rails(fleet: Path) -> dict[str, Guardrails]:
+def _rails(named: Path | None) -> dict[str, Guardrails]:
     """Return each environment's guardrails; none without a fleet.toml, for other people's templates have none."""
-    return {name: env.cost for name, env in load_fleet(fleet).env.items()} if fleet.is_file() else {}
+    fleet = named or Path("fleet.toml")
+    return {name: env.cost for name, env in load_fleet(fleet).env.items()} if named or fleet.is_file() else {}
 
 
 def _verdict(faults: Sequence[str]) -> int:

@@ -80,7 +80,7 @@ def comparison_page(found: Sequence[Place], currency: str, title: str) -> str:
                 y=currency,
                 marks=[(float(one.rate), float(cost(by_name[one.cheaper], one.rate))) for one in marks],
             ),
-            "Both axes are logarithmic. A ring is a crossing; steps are units that are added.",
+            f"Both axes are logarithmic. {'A ring is a crossing; steps' if marks else 'Steps'} are units that are added.",
         )
         for what, cost in (("A month", Place.cost), ("A million predictions", Place.million))
     ]

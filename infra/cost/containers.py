@@ -1,18 +1,23 @@
 """Containers: ECS services on Fargate and on EC2, their clusters, EKS."""
 
+import re
 from decimal import ROUND_CEILING, Decimal
+from typing import Any
 
+from infra.cost.compute import volumes
 from infra.cost.lines import Meter, NotStatic, View, each
-from infra.cost.scaling import Index, Pricer, capacity
+from infra.cost.scaling import Index, Pricer, capacity, property_of
 from infra.cost.usage import MB_PER_GB, Three, requests
 
 
 def ecs_service(meter: Meter, index: Index) -> None:
     """Price a service's tasks on Fargate; on EC2 its cluster's instances are billed, once."""
     service = meter.properties
-    if service.text("SchedulingStrategy", "REPLICA") == "DAEMON":
-        return meter.free("a daemon runs on the cluster's instances, which are billed once, where they are declared")
     shares = _providers(service, index)
+    if service.text("SchedulingStrategy", "REPLICA") == "DAEMON":
+        if set(shares) != {"EC2"}:
+            raise NotStatic("a daemon, which Fargate does not run")
+        return meter.free("a daemon runs on the cluster's instances, which are billed once, where they are declared")
     if set(shares) == {"EC2"}:
         return meter.free("its tasks run on the cluster's instances, which are billed once, where they are declared")
     task = index.at(service.get("TaskDefinition"), "AWS::ECS::TaskDefinition")
@@ -23,7 +28,7 @@ def ecs_service(meter: Meter, index: Index) -> None:
     if not platform.text("OperatingSystemFamily", "LINUX").upper().startswith("LINUX"):
         return meter.unknown("tasks", "the price book has none for Windows on Fargate")
     chip = {"ARM64": "arm", "X86_64": "x86"}.get(platform.text("CpuArchitecture", "X86_64").upper(), "other")
-    cpu, memory = shape.number("Cpu") / 1024, shape.number("Memory") / MB_PER_GB
+    cpu, memory = _size(shape, "Cpu", "vCPU"), _size(shape, "Memory", "GB")
     storage = shape.view("EphemeralStorage").number("SizeInGiB", 20)
     target = index.scaler(meter.resource, "ecs:service:DesiredCount")
     meter.serves(lambda u: requests(u["requests_per_second"], meter.hours), "requests_per_second")
@@ -47,13 +52,21 @@ def ecs_service(meter: Meter, index: Index) -> None:
                 each(count, storage - 20),
                 of=shape,
             )
+    for volume in service.items("VolumeConfigurations"):
+        volumes(meter, volume.view("ManagedEBSVolume"), "SizeInGiB", tasks, default="gp3")
     network = service.view("NetworkConfiguration").view("AwsvpcConfiguration")
     if network.text("AssignPublicIp", "DISABLED") == "ENABLED":
         meter.hourly("public IPv4 addresses of tasks", "public_ipv4.hour", tasks, of=network)
-    if meter.ask("internet_gb"):
-        meter.used("data out to the internet", "egress.internet", lambda u: u["internet_gb"], "internet_gb")
+    meter.told("data out to the internet", "egress.internet", "internet_gb")
+    meter.told("data between zones", "intra_region.inter_az_each_way", "cross_zone_gb")
     _deploying(meter, service, tasks, {"vcpu": cpu, "memory": memory}, shares, chip)
     return None
+
+
+def _size(shape: View, name: str, unit: str) -> Decimal:
+    """Return a task's vCPU or memory in GB, which may be written as 1024, or as "1 vCPU" or "2 GB"."""
+    said = re.fullmatch(rf"([0-9]*\.?[0-9]+) ?{unit}", shape.text(name), re.IGNORECASE)
+    return Decimal(said[1]) if said else shape.number(name) / MB_PER_GB
 
 
 def _deploying(
@@ -97,7 +110,7 @@ def _baking(policy: View) -> Decimal | None:
         baking += policy.view("CanaryConfiguration").number("CanaryBakeTimeInMinutes", 10)
     elif strategy == "LINEAR":
         linear = policy.view("LinearConfiguration")
-        steps = (100 / (linear.number("StepPercent", 10) or Decimal(100))).to_integral_value(ROUND_CEILING)
+        steps = (100 / (linear.number("StepPercent", 10, whole=False) or Decimal(100))).to_integral_value(ROUND_CEILING)
         baking += (steps - 1) * linear.number("StepBakeTimeInMinutes", 6)
     elif strategy != "BLUE_GREEN":
         raise NotStatic(f"the deployment strategy {strategy}")
@@ -109,13 +122,17 @@ def _providers(service: View, index: Index) -> dict[str, Decimal]:
     strategy = service.items("CapacityProviderStrategy")
     launch = service.text("LaunchType")
     if not strategy and not launch:
-        cluster = index.at(service.get("Cluster"), "AWS::ECS::Cluster")
-        strategy = View(cluster.properties).items("DefaultCapacityProviderStrategy") if cluster else []
+        strategy = _default_strategy(service.get("Cluster"), index)
     if not strategy:
+        if launch not in ("", "EC2", "FARGATE"):
+            raise NotStatic(f"the price book has none for the launch type {launch}")
         return {"FARGATE" if launch == "FARGATE" else "EC2": Decimal(1)}
     weights: dict[str, Decimal] = {}
     for item in strategy:
         name = item.get("CapacityProvider")
+        provider = index.at(name, "AWS::ECS::CapacityProvider")
+        if provider and property_of(provider, "ManagedInstancesProvider") is not None:
+            raise NotStatic("instances that ECS chooses and manages: the price book has none")
         key = name if name in ("FARGATE", "FARGATE_SPOT") else "EC2"
         if item.number("Base", 0) and len(strategy) > 1:
             raise NotStatic(
@@ -126,6 +143,16 @@ def _providers(service: View, index: Index) -> dict[str, Decimal]:
     if not total:
         raise NotStatic("a capacity provider strategy without weights")
     return {key: weight / total for key, weight in weights.items() if weight}
+
+
+def _default_strategy(pointer: Any, index: Index) -> list[View]:
+    """Return the strategy of a cluster for services that have none and no launch type, which run on EC2 without one."""
+    cluster = index.at(pointer, "AWS::ECS::Cluster")
+    if cluster is None:
+        raise NotStatic("without a launch type its cluster decides where it runs, which is in no template here")
+    ties = index.of("AWS::ECS::ClusterCapacityProviderAssociations")
+    mine = [tie for tie in ties if index.at(property_of(tie, "Cluster"), cluster.type) is cluster]
+    return [item for it in (cluster, *mine) for item in View(it.properties).items("DefaultCapacityProviderStrategy")]
 
 
 def ecs_cluster(meter: Meter, index: Index) -> None:
@@ -141,7 +168,11 @@ def ecs_cluster(meter: Meter, index: Index) -> None:
 
 def eks_cluster(meter: Meter, index: Index) -> None:
     """Price the control plane of an EKS cluster."""
-    meter.hourly("control plane", "eks.cluster.hour", Decimal(1))
+    meter.hourly(
+        "control plane", "eks.cluster.hour", Decimal(1), note="a version in extended support costs six times as much"
+    )
+    if meter.properties.view("ComputeConfig").flag("Enabled"):
+        meter.unknown("instances", "those that the cluster starts and manages by itself are in no template")
 
 
 PRICED: dict[str, Pricer] = {

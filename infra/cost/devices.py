@@ -13,7 +13,8 @@ MESSAGE_KB = 5
 def deployment(meter: Meter, index: Index) -> None:
     """Price the core devices of a deployment, their connection and their messages, once for each group of devices."""
     target = str(property_of(meter.resource, "TargetArn"))
-    same = [other for other in index.of(meter.resource.type) if str(property_of(other, "TargetArn")) == target]
+    same = [other for other in index.of(meter.resource.type) if str(property_of(other, "TargetArn")) == target
+            and other.scope.stack.account == meter.resource.scope.stack.account]  # fmt: skip
     first = min(same, key=lambda other: (other.scope.stack.name, other.id))
     if first is not meter.resource:
         return meter.free(f"its devices are counted with {first.id}")

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Literal
 
@@ -41,11 +41,36 @@ class Difference:
         """Return the change of the sum by currency: a month, or once a release."""
         return _sum(change for change in self.changes if (change.line.status == "release") == release)
 
+    def compared(self, *, release: bool = False) -> tuple[dict[str, Three], dict[str, Three]]:
+        """Return the sums of both sides by currency without what one side alone knows: their difference is `total`."""
+        alone = [
+            change
+            for change in self.changes
+            if (change.before is None) != (change.after is None)
+            and change.delta is None
+            and (change.line.status == "release") == release
+        ]
+        sums = self.old.total(release=release), self.new.total(release=release)
+        for change in alone:
+            known, side = (change.before, sums[0]) if change.before else (change.after, sums[1])
+            low, expected, high = known or NOTHING
+            side[change.line.currency] = add(side[change.line.currency], (-low, -expected, -high))
+        return sums
+
     def by_environment(self) -> dict[str, dict[str, Three]]:
         """Return the change a month by stage and currency."""
         names = sorted({line.environment for report in (self.old, self.new) for line in report.lines})
         monthly = [change for change in self.changes if change.line.status != "release"]
         return {name: _sum(change for change in monthly if change.line.environment == name) for name in names}
+
+    @property
+    def one_sided(self) -> list[Change]:
+        """Return the changes of which usage tells the amount on one side alone."""
+        return [
+            change
+            for change in self.changes
+            if change.delta is None and not change.unknown and (change.before is None) != (change.after is None)
+        ]
 
     @property
     def unknown(self) -> list[Change]:
@@ -54,7 +79,8 @@ class Difference:
 
 
 def difference(old: Report, new: Report) -> Difference:
-    """Compare two reports."""
+    """Compare two reports; two templates that lie alone in files of other names are one that changed."""
+    old = _renamed(old, new)
     before, after = _keyed(old.lines), _keyed(new.lines)
     # a resource of which something is not known on one side: what only the other side has is no rise or fall
     hazy = [{(line.stack, line.path) for line in report.lines if line.status == "unknown"} for report in (new, old)]
@@ -66,6 +92,16 @@ def difference(old: Report, new: Report) -> Difference:
             changes.append(change)
     changes.sort(key=lambda change: (change.line.stack, change.line.path, change.line.item))
     return Difference(old, new, tuple(changes))
+
+
+def _renamed(old: Report, new: Report) -> Report:
+    """Return a report of one template with the stack's name that another report of one template has."""
+    names = [{line.stack.partition(":")[0] for line in report.lines} for report in (old, new)]
+    if any(len(found) != 1 or "/" in "".join(found) for found in names) or names[0] == names[1]:
+        return old
+    [[was], [name]] = names
+    lines = (replace(line, stack=name + line.stack.removeprefix(was)) for line in old.lines)
+    return replace(old, lines=tuple(lines))
 
 
 def _keyed(lines: Iterable[Line]) -> dict[tuple[str, str, str, int], Line]:
@@ -103,7 +139,8 @@ def _change(old: Line | None, new: Line | None, *, unknown: bool) -> Change | No
         and not (old and new and old.currency and new.currency and old.currency != new.currency)
     ):
         less, more = before or NOTHING, after or NOTHING
-        delta = (more[0] - less[0], more[1] - less[1], more[2] - less[2])
+        low, expected, high = (b - a if round(b - a, DIGITS) else ZERO for a, b in zip(less, more, strict=True))
+        delta = low, expected, high
     sign: Sign = "+" if old is None else "-" if new is None else "~"
     # the line that has the money names the currency
     shown = line if line.amount is not None or old is None or old.amount is None else old

@@ -1,9 +1,11 @@
 """SageMaker endpoints: variants, serverless capacity, volumes, data capture, and the second fleet of a release."""
 
+from collections.abc import Mapping
 from decimal import ROUND_CEILING, Decimal
+from typing import Any
 
 from infra.cost.lines import Meter, NotStatic, Resource, View, each
-from infra.cost.scaling import WEEK, Index, Pricer, capacity, property_of, within
+from infra.cost.scaling import WEEK, Index, Pricer, bounded, capacity, property_of, within
 from infra.cost.usage import MB_PER_GB, Three, requests, traffic_gb
 
 
@@ -47,14 +49,25 @@ def endpoint_config(meter: Meter, index: Index) -> None:
     capture = meter.properties.view("DataCaptureConfig")
     if str(capture.get("EnableCapture", False)).lower() == "true":
         part = capture.number("InitialSamplingPercentage", 100) / 100
+        modes = " ".join(option.text("CaptureMode") for option in capture.items("CaptureOptions")) or "Input Output"
         days = _kept_days(index, capture.text("DestinationS3Uri"))
         most = days / (meter.hours / 24) if days else None
         meter.used(
             "captured data, kept in S3", "s3.standard.storage",
-            lambda u: part * traffic_gb(u, meter.hours) * (1 + u["months"] if most is None else min(1 + u["months"], most)),
+            lambda u: part * traffic_gb(_captured(u, modes), meter.hours)
+            * (1 + u["months"] if most is None else min(1 + u["months"], most)),
             "requests_per_second", "request_kb", "response_kb", "months", of=capture,
             note=f"its bucket deletes it after {days:f} days" if days else "",
         )  # fmt: skip
+
+
+def _captured(u: Mapping[str, Any], modes: str) -> dict[str, Any]:
+    """Return a usage of which only what is captured, requests or answers or both, has a size."""
+    return {
+        **u,
+        "request_kb": u["request_kb"] * ("Input" in modes),
+        "response_kb": u["response_kb"] * ("Output" in modes),
+    }
 
 
 def _kept_days(index: Index, uri: str) -> Decimal | None:
@@ -88,7 +101,7 @@ def _instances(meter: Meter, index: Index, variant: View, name: str, endpoint: R
     managed = variant.view("ManagedInstanceScaling")
     initial = variant.number("InitialInstanceCount", 1)
     if managed.text("Status", "DISABLED") == "ENABLED":
-        least, most = managed.number("MinInstanceCount", 1), managed.number("MaxInstanceCount")
+        least, most = bounded(managed, "MinInstanceCount", "MaxInstanceCount", 1)
         return within(meter, [least] * WEEK, [most] * WEEK, "managed scaling")
     found = index.scaler(endpoint, "sagemaker:variant:DesiredInstanceCount", f"/variant/{name}") if endpoint else None
     return capacity(meter, initial, found, variant)
@@ -101,7 +114,8 @@ def endpoint(meter: Meter, index: Index) -> None:
     (SageMaker developer guide, "Blue/Green Deployments"); the key deployment_minutes adds what starting takes.
     """
     meter.free("its instances are priced with its configuration")
-    config = index.at(meter.properties.get("EndpointConfigName"), "AWS::SageMaker::EndpointConfig")
+    name, kind = meter.properties.get("EndpointConfigName"), "AWS::SageMaker::EndpointConfig"
+    config = index.at(name, kind) or index.named(kind, "EndpointConfigName", name, meter.resource)
     if config is None:
         return
     deployment = meter.properties.view("DeploymentConfig")
@@ -165,6 +179,7 @@ def _serverless(meter: Meter, config: View, label: str) -> None:
         f"{label}: serverless compute", "sagemaker.serverless.gb_second",
         lambda u: requests(u["requests_per_second"], meter.hours) * u["duration_ms"] / 1000 * memory,
         "requests_per_second", "duration_ms", of=config,
+        note="at most: what provisioned concurrency serves costs less" if config.get("ProvisionedConcurrency") else "",
     )  # fmt: skip
     if config.get("ProvisionedConcurrency") is not None:
         count = config.number("ProvisionedConcurrency") * memory * 3600

@@ -45,9 +45,7 @@ def cost_grammar(verb: str) -> argparse.ArgumentParser:
     top.add_argument(
         "--parameter", action="append", default=[], metavar="NAME=VALUE", help="of templates; may be repeated"
     )
-    top.add_argument(
-        "--fleet", type=Path, default=Path("fleet.toml"), help="where guardrails are (default: ./fleet.toml)"
-    )
+    top.add_argument("--fleet", type=Path, help="where guardrails are (default: ./fleet.toml, if it is there)")
     form = top.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON")
     form.add_argument("--markdown", action="store_true", help="print Markdown for a pull request")

@@ -90,18 +90,28 @@ class View:
         """Return all of it, which has been resolved; what is no table is an empty one."""
         return self._node if isinstance(self._node, dict) else {}
 
-    def number(self, name: str, default: int | None = None) -> Decimal:
-        """Return a property that is a number of 0 or more."""
+    def number(self, name: str, default: int | None = None, *, whole: bool = True) -> Decimal:
+        """Return a property that is a number of 0 or more; nearly all that a template has are whole."""
         found = self.get(name, default)
         if found is None:
             raise NotStatic(f"{self._where}{name} is missing")
         try:
-            number = Decimal(str(found))
+            # Python reads 1_000 and digits of other scripts, CloudFormation does not
+            number = Decimal(str(found) if str(found).isascii() and "_" not in str(found) else "NaN")
         except InvalidOperation:
             number = Decimal("NaN")
         if isinstance(found, bool) or not number.is_finite() or not 0 <= number <= 10**9:
             raise NotStatic(f"{self._where}{name} is no number: {str(found)[:60]}")
+        if whole and number != number.to_integral_value():
+            raise NotStatic(f"{self._where}{name} is no whole number: {str(found)[:60]}")
         return number
+
+    def listed(self, name: str) -> list[Any]:
+        """Return a property that is a list; an empty one where it is left out."""
+        found = self.get(name, [])
+        if not isinstance(found, list):
+            raise NotStatic(f"{self._where}{name} is no list: {str(found)[:60]}")
+        return found
 
     def text(self, name: str, default: str = "") -> str:
         """Return a property that is a text."""
@@ -120,10 +130,7 @@ class View:
 
     def items(self, name: str) -> list["View"]:
         """Return the tables of a list within, each with notes of its own."""
-        found = self.get(name, [])
-        if not isinstance(found, list):
-            raise NotStatic(f"{self._where}{name} is no list")
-        return [View(item, f"{self._where}{name}.{k}.") for k, item in enumerate(found)]
+        return [View(item, f"{self._where}{name}.{k}.") for k, item in enumerate(self.listed(name))]
 
 
 @dataclass(frozen=True)
@@ -197,6 +204,11 @@ class Meter:
         # two keys may pull apart; the scenarios of a line still rise
         low, expected, high = sorted(three) if "sync_minutes" in keys else three
         self._add(item, sku, (low, expected, high), status, of=of, note=note, usage=given)
+
+    def told(self, item: str, sku: str, key: str) -> None:
+        """Add what one usage key counts, where it is given."""
+        if self.ask(key):
+            self.used(item, sku, lambda u: u[key], key)
 
     def release(self, item: str, sku: str, quantity: Decimal, *, of: View | None = None, note: str = "") -> None:
         """Add what falls due once a release."""

@@ -11,6 +11,9 @@ from infra.cost.usage import KB_PER_GB, requests
 KB_PER_GB_OF_UNITS = 1_000_000
 """KB of a GB as the worked examples of the Elastic Load Balancing pricing page count them: 300 KB a second, 1.08 GB."""
 
+PAID_RULES = tuple(f"AWSManagedRules{name}RuleSet" for name in ("BotControl", "ATP", "ACFP", "AntiDDoS"))
+"""Managed rule groups of AWS that cost more than a rule group (AWS WAF pricing, "Intelligent threat mitigation")."""
+
 FREE_RULES = 10
 """Rules of an application load balancer that are evaluated for nothing."""
 
@@ -65,7 +68,12 @@ def load_balancer(meter: Meter, index: Index) -> None:
         return sum((hourly(rate, u) for rate in u["requests_per_second"]), Decimal(0)) / 24 * meter.hours
 
     meter.used("capacity units", sku, units, *keys)
-    meter.used("data between zones", "intra_region.inter_az_each_way", lambda u: u["cross_zone_gb"], "cross_zone_gb")
+    if kind == "network":  # what an application load balancer sends to other zones is free
+        meter.used(
+            "data between zones", "intra_region.inter_az_each_way", lambda u: u["cross_zone_gb"], "cross_zone_gb"
+        )
+    if balancer.view("MinimumLoadBalancerCapacity").get("CapacityUnits"):
+        meter.unknown("reserved capacity units", "the price book has none for units that are reserved")
     if balancer.text("Scheme", "internet-facing") == "internet-facing":
         _egress(meter)
         _addresses(meter)
@@ -74,8 +82,10 @@ def load_balancer(meter: Meter, index: Index) -> None:
 
 def _addresses(meter: Meter) -> None:
     """Price the public addresses of a load balancer, one a zone; those that it is given are priced by themselves."""
+    if meter.properties.text("IpAddressType", "ipv4") == "dualstack-without-public-ipv4":
+        return
     given = [item.get("AllocationId") for item in meter.properties.items("SubnetMappings")]
-    zones = len(meter.properties.get("Subnets", [])) + sum(one is None for one in given)
+    zones = len(meter.properties.listed("Subnets")) + sum(one is None for one in given)
     if zones:
         meter.hourly("public IPv4 addresses, one a zone", "public_ipv4.hour", Decimal(zones))
     elif not given:
@@ -109,16 +119,19 @@ def _egress(meter: Meter) -> None:
 
 
 def nat_gateway(meter: Meter, index: Index) -> None:
-    """Price a NAT gateway: hours and data."""
+    """Price a NAT gateway: hours and data; a regional one is paid in each zone where it grows."""
+    if meter.properties.text("AvailabilityMode", "zonal") != "zonal":
+        raise NotStatic("a regional NAT gateway: the number of its zones follows its use")
     meter.hourly("NAT gateway", "nat_gateway.hour", Decimal(1))
     meter.used("data through it", "nat_gateway.data", lambda u: u["processed_gb"], "processed_gb")
-    if meter.ask("internet_gb"):
-        meter.used("data out to the internet", "egress.internet", lambda u: u["internet_gb"], "internet_gb")
+    meter.told("data out to the internet", "egress.internet", "internet_gb")
 
 
 def address(meter: Meter, index: Index) -> None:
-    """Price a public IPv4 address, used or not."""
-    meter.hourly("public IPv4 address", "public_ipv4.hour", Decimal(1))
+    """Price a public IPv4 address, used or not; one that was brought to AWS is free."""
+    if meter.properties.text("PublicIpv4Pool", "amazon") != "amazon":
+        return meter.free("an address of a pool of your own costs nothing")
+    return meter.hourly("public IPv4 address", "public_ipv4.hour", Decimal(1))
 
 
 def endpoint(meter: Meter, index: Index) -> None:
@@ -126,8 +139,8 @@ def endpoint(meter: Meter, index: Index) -> None:
     kind = meter.properties.text("VpcEndpointType", "Gateway")
     if kind == "Gateway":
         return meter.free("gateway endpoints of S3 and DynamoDB cost nothing")
-    zones = meter.properties.get("SubnetIds", [])
-    if not isinstance(zones, list) or not zones:
+    zones = meter.properties.listed("SubnetIds")
+    if not zones:
         raise NotStatic("SubnetIds, and with it the number of zones, is not in the template")
     meter.properties.reads["SubnetIds"] = f"{len(zones)} subnets, one a zone"
     if kind == "Interface":
@@ -144,6 +157,8 @@ def endpoint(meter: Meter, index: Index) -> None:
 def vpn(meter: Meter, index: Index) -> None:
     """Price a site-to-site VPN connection, with its attachment where it ends at a transit gateway."""
     meter.hourly("VPN connection", "vpn.connection", Decimal(1))
+    if meter.properties.flag("EnableAcceleration"):
+        meter.unknown("acceleration", "the price book has none for accelerators")
     if meter.properties.get("TransitGatewayId") is not None:
         attachment(meter, index)
     else:
@@ -165,8 +180,10 @@ def direct_connect(meter: Meter, index: Index) -> None:
 
 
 def zone(meter: Meter, index: Index) -> None:
-    """Price a hosted zone of Route 53."""
+    """Price a hosted zone of Route 53 and its queries."""
     meter.monthly("hosted zone", "route53.zone", Decimal(1))
+    meter.used("queries", "route53.queries", lambda u: u["queries"], "queries",
+               note="those of aliases of AWS resources are free; those by latency or place cost more")  # fmt: skip
 
 
 def resolver(meter: Meter, index: Index) -> None:
@@ -186,6 +203,13 @@ def firewall(meter: Meter, index: Index) -> None:
     meter.monthly("web ACL", "wafv2.webacl", Decimal(1))
     if rules:
         meter.monthly("rules and rule groups", "wafv2.rule", Decimal(len(rules)))
+    for rule in rules:
+        managed = rule.view("Statement").view("ManagedRuleGroupStatement")
+        name, vendor = managed.text("Name"), managed.text("VendorName", "AWS")
+        if vendor != "AWS" or name in PAID_RULES:
+            meter.unknown(
+                f"the rules {name} of {vendor}", "they have a price of their own, which the book does not have"
+            )
     meter.used(
         "requests inspected", "wafv2.requests", lambda u: requests(u["requests_per_second"], meter.hours),
         "requests_per_second",
@@ -214,20 +238,24 @@ def http_api(meter: Meter, index: Index) -> None:
 
 
 def rest_api(meter: Meter, index: Index) -> None:
-    """Price a REST API."""
+    """Price a REST API; a private one sends nothing to the internet."""
     meter.used(
         "requests", "apigw.rest.requests", lambda u: requests(u["requests_per_second"], meter.hours),
         "requests_per_second",
     )  # fmt: skip
-    _egress(meter)
+    if "PRIVATE" not in meter.properties.view("EndpointConfiguration").listed("Types"):
+        _egress(meter)
 
 
 def rest_stage(meter: Meter, index: Index) -> None:
-    """Price the cache of a REST API's stage; without one a stage is free."""
-    if not meter.properties.flag("CacheClusterEnabled"):
+    """Price the cache of a REST API's stage, which its deployment may describe; without one a stage is free."""
+    stage = (
+        meter.properties.view("StageDescription") if meter.resource.type.endswith("Deployment") else meter.properties
+    )
+    if not stage.flag("CacheClusterEnabled"):
         return meter.free("a stage without a cache costs nothing")
-    size = meter.properties.text("CacheClusterSize", "0.5")
-    return meter.hourly(f"cache of {size} GB", f"apigw.cache.{size}", Decimal(1))
+    size = stage.text("CacheClusterSize", "0.5")
+    return meter.hourly(f"cache of {size} GB", f"apigw.cache.{size}", Decimal(1), of=stage)
 
 
 def begun(kilobytes: Decimal, size: int) -> Decimal:
@@ -250,5 +278,6 @@ PRICED: dict[str, Pricer] = {
     "AWS::WAFv2::RuleGroup": rule_group,
     "AWS::ApiGatewayV2::Api": http_api,
     "AWS::ApiGateway::RestApi": rest_api,
+    "AWS::ApiGateway::Deployment": rest_stage,
     "AWS::ApiGateway::Stage": rest_stage,
 }

@@ -213,6 +213,8 @@ def _tiers(products: Iterable[dict[str, Any]], wanted: Query, shape: Price, sku:
     dimensions = [dimension for term in terms for dimension in term["priceDimensions"].values()]
     if any(currency not in dimension["pricePerUnit"] for dimension in dimensions) or not dimensions:
         raise LookupError(f"no price in {currency}")
+    if not any(Decimal(dimension["pricePerUnit"][currency]) for dimension in dimensions):
+        raise LookupError("a price of 0, as rows have that are billed elsewhere")
     dimensions.sort(key=lambda dimension: Decimal(dimension["beginRange"]))
     # a first tier for nothing is a free tier, which the report takes off by itself, when it is asked to
     if len(dimensions) > 1 and Decimal(dimensions[0]["pricePerUnit"][currency]) == 0:

@@ -44,6 +44,10 @@ FREE_TIER: dict[str, tuple[str, int]] = {
     "cw.metric.custom": ("cw.metric", 10),
     "cw.logs.ingest.standard": ("cw.logs", 5),
     "dynamodb.storage": ("dynamodb.storage", 25),
+    "dynamodb.wcu": ("dynamodb.wcu", 25 * 730),
+    "dynamodb.rcu": ("dynamodb.rcu", 25 * 730),
+    "sns.email": ("sns.email", 1_000),
+    "sns.http": ("sns.http", 100_000),
     "egress.internet": ("egress.internet", 100),
     "codebuild.linux.general1.small": ("codebuild", 100),
     "codepipeline.v2.action_minute": ("codepipeline", 100),
@@ -170,6 +174,8 @@ def _meter(meter: Meter, index: Index) -> None:
         meter.free(f"its condition {resource.raw.get('Condition')} does not hold, so it is not made")
     elif isinstance(made, Unknown):
         meter.unknown("all of it", f"whether it is made is not known: {made.reason}")
+    elif "Fn::Transform" in resource.raw:
+        meter.unknown("all of it", "a transform runs when it is deployed")
     elif isinstance(resource.properties, Unknown):
         meter.unknown("all of it", resource.properties.reason)
     elif resource.type == TRANSFORM:

@@ -1,5 +1,6 @@
 """Resolve a template's intrinsic functions as far as they are static; what is not stays unknown, with its reason."""
 
+import base64
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -23,9 +24,10 @@ POINTER = re.compile(r"<([^<>|]*)\|([^<>|.]*)\.([^<>|]*)>")
 
 @dataclass(frozen=True)
 class Unknown:
-    """Stand for a value that only a deployment decides."""
+    """Stand for a value that only a deployment decides; `absent` where it may be left out altogether."""
 
     reason: str
+    absent: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,10 +133,14 @@ class Scope:
                     return self._call(name, argument)
                 if name == "Condition" and isinstance(argument, str):
                     return self.condition(argument)
+            if "Fn::Transform" in node:
+                return Unknown("a transform beside it runs when it is deployed")
             resolved = ((str(key), self.value(item)) for key, item in node.items())
             return {key: item for key, item in resolved if item is not NO_VALUE}
         if isinstance(node, list):
-            return [item for item in map(self.value, node) if item is not NO_VALUE]
+            items = [item for item in map(self.value, node) if item is not NO_VALUE]
+            # how many there are decides a price
+            return next((item for item in items if isinstance(item, Unknown) and item.absent), items)
         return node
 
     def _call(self, name: str, argument: Any) -> Any:
@@ -248,7 +254,9 @@ class Scope:
     def _select(self, argument: Any) -> Any:
         index, items = (self.value(part) for part in argument)
         unknown = next((found for found in (index, items) if isinstance(found, Unknown)), None)
-        return unknown or items[int(index)]
+        if unknown:
+            return unknown
+        return items[int(index)] if int(index) >= 0 else Unknown(f"Fn::Select of {index}")
 
     def _split(self, argument: Any) -> Any:
         delimiter, text = argument
@@ -272,7 +280,9 @@ class Scope:
     def _if(self, argument: Any) -> Any:
         name, yes, no = argument
         holds = self.condition(name)
-        return holds if isinstance(holds, Unknown) else self.value(yes if holds else no)
+        if isinstance(holds, Unknown):
+            return Unknown(holds.reason, absent={"Ref": "AWS::NoValue"} in (yes, no))
+        return self.value(yes if holds else no)
 
     def _equals(self, argument: Any) -> bool | Unknown:
         left, right = (self._text(self.value(part)) for part in argument)
@@ -304,6 +314,10 @@ class Scope:
         if isinstance(name, Unknown):
             return name
         return self.exports.find(self, name) if isinstance(name, str) else Unknown("an import that is not static")
+
+    def _base64(self, argument: Any) -> Any:
+        found = self._text(self.value(argument))
+        return found if isinstance(found, Unknown) else base64.b64encode(found.encode()).decode()
 
     def _json(self, argument: Any) -> Any:
         return json.dumps(self.value(argument), default=str, sort_keys=True)
@@ -342,7 +356,7 @@ _FUNCTIONS: dict[str, Callable[[Scope, Any], Any]] = {
     "Fn::Or": Scope._or,
     "Fn::Not": Scope._not,
     "Fn::ImportValue": Scope._import,
-    "Fn::Base64": lambda scope, argument: scope.value(argument),
+    "Fn::Base64": Scope._base64,
     "Fn::ToJsonString": Scope._json,
     "Fn::Length": Scope._length,
     "Fn::GetAZs": lambda scope, argument: Unknown("the zones of a region are known when it is deployed"),

@@ -7,7 +7,7 @@ from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
 from infra.cost.lines import Meter, NotStatic, Resource, View
-from infra.cost.resolve import POINTER, Pointer
+from infra.cost.resolve import POINTER, Pointer, Unknown
 from infra.cost.usage import Three
 
 Pricer = Callable[[Meter, "Index"], None]
@@ -45,24 +45,42 @@ class Index:
         """Return every resource of a type."""
         return (resource for resource in self.resources.values() if resource.type == kind)
 
+    def named(self, kind: str, key: str, name: Any, by: Resource) -> Resource | None:
+        """Return the resource of a type whose property `key` is the name by which another one knows it."""
+        found = (
+            one for one in self.of(kind) if isinstance(name, str) and property_of(one, key) == name and near(one, by)
+        )
+        return next(found, None)
+
     def scaler(self, resource: Resource, dimension: str, tail: str = "") -> Resource | None:
-        """Return the autoscaling target of a resource; with `tail` of a part, as `/variant/a` of an endpoint."""
-        for target in self.of("AWS::ApplicationAutoScaling::ScalableTarget"):
-            if str(property_of(target, "ScalableDimension")) != dimension:
-                continue
+        """Return the autoscaling target of a resource; with `tail` of a part, as `/variant/a` of an endpoint.
+
+        Raises:
+            NotStatic: a target may be that of the resource, but what it scales is not static.
+        """
+        targets = [
+            target
+            for target in self.of("AWS::ApplicationAutoScaling::ScalableTarget")
+            if str(property_of(target, "ScalableDimension")) == dimension
+        ]
+        for target in targets:
             scaled = str(property_of(target, "ResourceId"))
-            if tail and not scaled.endswith(tail):
-                continue
-            if self._names(scaled, resource):
+            if (not tail or scaled.endswith(tail)) and self._names(scaled, resource, target):
                 return target
+        for target in targets:
+            what = property_of(target, "ResourceId")
+            if isinstance(what, Unknown) and target.scope is resource.scope:
+                raise NotStatic(f"{target.id} may scale it: its ResourceId is not static: {what.reason}")
         return None
 
     def scaled(self, target: Resource) -> bool:
         """Return whether an autoscaling target's resource is among those read."""
         text = str(property_of(target, "ResourceId"))
-        return any(self._names(text, resource) for resource in self.resources.values() if resource is not target)
+        return any(
+            self._names(text, resource, target) for resource in self.resources.values() if resource is not target
+        )
 
-    def _names(self, text: str, resource: Resource) -> bool:
+    def _names(self, text: str, resource: Resource, target: Resource) -> bool:
         place = (resource.scope.stack.name, resource.id)
         # a cluster's name is in the text of each of its services
         last = [match.groups() for match in POINTER.finditer(text) if self._is_unit(match[1], match[2])]
@@ -70,11 +88,18 @@ class Index:
             return (last[-1][0], last[-1][1]) == place
         named = NAMED.get(resource.type)
         name = property_of(resource, named) if named else None
-        return isinstance(name, str) and name in text.split("/")
+        return isinstance(name, str) and name in re.split("[/:]", text) and near(resource, target)
 
     def _is_unit(self, stack: str, name: str) -> bool:
         found = self.resources.get((stack, name))
         return found is not None and found.type != "AWS::ECS::Cluster"
+
+
+def near(one: Resource, other: Resource) -> bool:
+    """Return whether two resources may know each other by name: of one account, region and stage."""
+    stacks = one.scope.stack, other.scope.stack
+    places = {(stack.account, stack.region, stack.name.rpartition("/")[0]) for stack in stacks}
+    return len(places) == 1
 
 
 def property_of(resource: Resource, name: str) -> Any:
@@ -115,6 +140,14 @@ def within(meter: Meter, low: list[Decimal], high: list[Decimal], what: str) -> 
     return (found[0], found[1], found[2]), f"what the load of each hour wants, within the bounds of its {what}"
 
 
+def bounded(view: View, low: str, high: str, default: int | None = None) -> tuple[Decimal, Decimal]:
+    """Return a minimum, which may have a default, and a maximum that is not below it."""
+    least, most = view.number(low, default), view.number(high)
+    if least > most:
+        raise NotStatic(f"{low} {least:f} is over {high} {most:f}")
+    return least, most
+
+
 def bounds(low: list[Decimal], high: list[Decimal]) -> Three:
     """Return the means of a minimum, of the same as what is expected, and of a maximum."""
     least, most = mean(low), mean(high)
@@ -142,7 +175,7 @@ def mean(values: list[Decimal]) -> Decimal:
 
 def _week(target: View) -> tuple[list[Decimal], list[Decimal]]:
     """Return minimum and maximum for each hour of a week, as schedules set them."""
-    least, most = target.number("MinCapacity"), target.number("MaxCapacity")
+    least, most = bounded(target, "MinCapacity", "MaxCapacity")
     actions = [(action, action.view("ScalableTargetAction")) for action in target.items("ScheduledActions")]
     series = [
         week(
@@ -156,17 +189,20 @@ def _week(target: View) -> tuple[list[Decimal], list[Decimal]]:
 
 
 def week(start: Decimal, changes: Iterable[tuple[str, Decimal]]) -> list[Decimal]:
-    """Return a number for each hour of a week that schedules change.
+    """Return a number for each hour of a week that schedules change; of an hour within which it changes, the mean.
 
     Raises:
         NotStatic: a schedule is not understood.
     """
-    at = {hour: new for schedule, new in changes for hour in _hours(schedule)}
-    now, found = start, [start] * WEEK
-    # twice around: what the last change of a week sets holds when the next begins
-    for hour in range(2 * WEEK if at else 0):
-        now = at.get(hour % WEEK, now)
-        found[hour % WEEK] = now
+    at = sorted({minute: new for schedule, new in changes for minute in _minutes(schedule)}.items())
+    # what the last change of a week sets holds when the next begins
+    now, found = at[-1][1] if at else start, []
+    for hour in range(WEEK):
+        since, held = hour * 60, Decimal(0)
+        for minute, new in at:
+            if minute // 60 == hour:
+                held, since, now = held + now * (minute - since), minute, new
+        found.append((held + now * (hour * 60 + 60 - since)) / 60)
     return found
 
 
@@ -177,17 +213,21 @@ def recurrence(text: str) -> str:
     return f"cron({minute} {hour} {day} {month} {named} *)"
 
 
-def _hours(schedule: str) -> list[int]:
-    """Return the hours of a week, from Monday 0, at which cron(minutes hours day month weekday year) fires."""
+def _minutes(schedule: str) -> list[int]:
+    """Return the minutes of a week, from Monday 0, at which cron(minutes hours day month weekday year) fires."""
     if schedule.startswith("at("):
         return []
     match = re.fullmatch(r"cron\((\S+) (\S+) (\S+) (\S+) (\S+) (\S+)\)", schedule.strip())
     if not match or not match[1].isdigit() or match[3] not in "*?" or match[4] != "*" or match[6] != "*":
         raise NotStatic(f"the schedule {schedule} is not understood: daily or weekly cron alone")
-    hours = range(24) if match[2] == "*" else [int(part) for part in match[2].split(",") if part.isdigit()]
-    if not hours or any(hour > 23 for hour in hours):
-        raise NotStatic(f"the schedule {schedule} is not understood: hours as 8 or 8,20")
-    return [day * 24 + hour for day in _weekdays(match[5]) for hour in hours]
+    hours: list[int] = []
+    for part in ("0-23" if match[2] == "*" else match[2]).split(","):
+        span = re.fullmatch(r"([0-9]{1,2})(?:-([0-9]{1,2}))?", part)
+        first, last = (int(span[1]), int(span[2] or span[1])) if span else (1, 0)
+        if not first <= last < 24 or int(match[1]) > 59:
+            raise NotStatic(f"the schedule {schedule} is not understood: hours as 8, 8,20 or 8-20")
+        hours += range(first, last + 1)
+    return [(day * 24 + hour) * 60 + int(match[1]) for day in _weekdays(match[5]) for hour in hours]
 
 
 def _weekdays(text: str) -> list[int]:

@@ -23,12 +23,11 @@ def bucket(meter: Meter, index: Index) -> None:
             note="at most: its lifecycle moves objects to cheaper classes" if moved else "")  # fmt: skip
     meter.used("writes and listings", "s3.standard.tier1_put", lambda u: u["put_requests"], "put_requests")
     meter.used("reads", "s3.standard.tier2_get", lambda u: u["get_requests"], "get_requests")
-    if meter.ask("internet_gb"):
-        meter.used("data out to the internet", "egress.internet", lambda u: u["internet_gb"], "internet_gb")
-    if meter.ask("inter_region_gb"):
-        meter.used(
-            "data out to another region", "inter_region.default", lambda u: u["inter_region_gb"], "inter_region_gb"
-        )
+    meter.told("data out to the internet", "egress.internet", "internet_gb")
+    meter.told("data out to another region", "inter_region.default", "inter_region_gb")
+    for name in ("ReplicationConfiguration", "InventoryConfigurations", "AnalyticsConfigurations"):
+        if meter.properties.get(name):
+            meter.unknown(name, "copies, transfers, lists and analysis are paid by the object; the price book has none")
 
 
 def _stored(meter: Meter, item: str, sku: str, note: str = "") -> None:
@@ -68,22 +67,24 @@ def log_group(meter: Meter, index: Index) -> None:
         "logs kept", "cw.logs.storage", lambda u: u["log_gb"] * (days or Decimal("30.4")) / Decimal("30.4"), "log_gb",
         note=note,
     )  # fmt: skip
-    if meter.ask("log_scanned_gb"):
-        meter.used("logs scanned", "cw.logs.insights_scan", lambda u: u["log_scanned_gb"], "log_scanned_gb")
-    return None
+    if meter.properties.get("DataProtectionPolicy"):
+        meter.unknown("data protection", "the price book has none for the search of logs for personal data")
+    return meter.told("logs scanned", "cw.logs.insights_scan", "log_scanned_gb")
 
 
 def alarm(meter: Meter, index: Index) -> None:
     """Price an alarm by the metrics that it reads; high resolution below a minute, three of each for a band."""
     metrics = meter.properties.items("Metrics")
     read = [metric for metric in metrics if metric.get("MetricStat") is not None]
+    if any(metric.text("Expression").lstrip().upper().startswith("SELECT") for metric in metrics):
+        return meter.unknown("alarm metrics", "it is paid by each metric that its query finds")
     periods = [metric.view("MetricStat").number("Period", 60) for metric in read]
     period = min(periods) if periods else meter.properties.number("Period", 60)
     band = any("ANOMALY_DETECTION_BAND" in metric.text("Expression") for metric in metrics)
     fine = period < 60
     count = Decimal(max(len(read), 1)) * (3 if band else 1)
     label = f"{'high' if fine else 'standard'} resolution{', with a band' if band else ''}"
-    meter.monthly(f"alarm metrics, {label}", "cw.alarm.highres" if fine else "cw.alarm.standard", count)
+    return meter.monthly(f"alarm metrics, {label}", "cw.alarm.highres" if fine else "cw.alarm.standard", count)
 
 
 def composite_alarm(meter: Meter, index: Index) -> None:
@@ -106,8 +107,11 @@ def metric_filter(meter: Meter, index: Index) -> None:
 
 
 def secret(meter: Meter, index: Index) -> None:
-    """Price a secret and the calls for it."""
-    meter.monthly("secret", "secret.month", ONE)
+    """Price a secret, its replicas in other regions, each of which is paid as one, and the calls for it."""
+    replicas = meter.properties.listed("ReplicaRegions")
+    if replicas:
+        meter.properties.reads["ReplicaRegions"] = f"{len(replicas)} regions"
+    meter.monthly("secret and its replicas" if replicas else "secret", "secret.month", ONE + len(replicas))
     meter.used("calls", "secret.api", lambda u: u["api_requests"], "api_requests")
 
 
@@ -159,17 +163,29 @@ def topic(meter: Meter, index: Index) -> None:
         "publishes, by 64 KB", "sns.publish", lambda u: u["messages"] * begun(u["payload_kb"], 64),
         "messages", "payload_kb",
     )  # fmt: skip
+    for inline in meter.properties.items("Subscription"):
+        if inline.text("Protocol") not in UNPAID:
+            _sent(meter, inline.text("Protocol"))
     return None
+
+
+UNPAID = ("sqs", "lambda")
+"""Where a topic sends for nothing."""
 
 
 def subscription(meter: Meter, index: Index) -> None:
     """Price what a topic sends; to queues and functions it sends for nothing."""
     protocol = meter.properties.text("Protocol")
+    if protocol in UNPAID:
+        meter.free(f"a topic sends to {protocol} for nothing")
+    else:
+        _sent(meter, protocol)
+
+
+def _sent(meter: Meter, protocol: str) -> None:
     sku = {"http": "sns.http", "https": "sns.http", "email": "sns.email", "email-json": "sns.email",
            "firehose": "sns.firehose"}.get(protocol)  # fmt: skip
-    if protocol in ("sqs", "lambda"):
-        meter.free(f"a topic sends to {protocol} for nothing")
-    elif sku:
+    if sku:
         meter.used(f"notifications by {protocol}", sku, lambda u: u["notifications"], "notifications")
     else:
         meter.unknown("notifications", f"the price book has none for {protocol}")
@@ -196,8 +212,20 @@ def event_bus(meter: Meter, index: Index) -> None:
 
 
 def event_archive(meter: Meter, index: Index) -> None:
-    """Price an archive of events."""
+    """Price an archive of events: what it takes, and what it keeps."""
+    meter.used("events taken in", "eventbridge.archive_processing",
+               lambda u: u["messages"] * u["payload_kb"] / KB_PER_GB, "messages", "payload_kb")  # fmt: skip
     _stored(meter, "events kept", "eventbridge.archive_storage")
+
+
+def event_rule(meter: Meter, index: Index) -> None:
+    """Say that a rule is free, and name the tasks and jobs that it starts, for how long is in no template."""
+    starts = [target for target in meter.properties.items("Targets")
+              if target.get("EcsParameters") is not None or target.get("BatchParameters") is not None]  # fmt: skip
+    if starts:
+        meter.unknown(f"tasks that it starts, {len(starts)} each time", "how often and how long they run is not known")
+    else:
+        meter.free("rules, schedules and events of AWS itself cost nothing; what they start does")
 
 
 def state_machine(meter: Meter, index: Index) -> None:
@@ -225,12 +253,17 @@ def delivery_stream(meter: Meter, index: Index) -> None:
         part = found.get("DataFormatConversionConfiguration") if isinstance(found, dict) else None
         if isinstance(part, Unknown) or (isinstance(part, dict) and str(part.get("Enabled", True)).lower() == "true"):
             meter.unknown("format conversion", "the price book has none for the conversion of formats")
+        keys = found.get("DynamicPartitioningConfiguration") if isinstance(found, dict) else None
+        if isinstance(keys, Unknown) or (isinstance(keys, dict) and str(keys.get("Enabled", False)).lower() != "false"):
+            meter.unknown("dynamic partitioning", "the price book has none for partitions by the data's keys")
 
 
 def trail(meter: Meter, index: Index) -> None:
     """Price a trail: the first copy of management events is free, data events are not."""
     meter.used("data events", "cloudtrail.data", lambda u: u["messages"], "messages",
                note="the first copy of management events in a region is free")  # fmt: skip
+    if meter.properties.listed("InsightSelectors"):
+        meter.unknown("insights", "the price book has none for the analysis of events")
 
 
 def budgets_action(meter: Meter, index: Index) -> None:
@@ -270,6 +303,7 @@ PRICED: dict[str, Pricer] = {
     "AWS::SQS::Queue": queue,
     "AWS::Events::EventBus": event_bus,
     "AWS::Events::Archive": event_archive,
+    "AWS::Events::Rule": event_rule,
     "AWS::StepFunctions::StateMachine": state_machine,
     "AWS::KinesisFirehose::DeliveryStream": delivery_stream,
     "AWS::CloudTrail::Trail": trail,

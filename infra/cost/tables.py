@@ -133,6 +133,12 @@ def difference_lines(change: Difference) -> list[str]:
     if change.unknown:
         names = "; ".join(dict.fromkeys(f"{one.line.stack} {one.line.path}: {one.line.item}" for one in change.unknown))
         out.append(f"not in the difference, for a price is not known: {names}")
+    if change.one_sided:
+        out.append(f"lines not in the difference, for usage tells them on one side alone: {len(change.one_sided)}")
+    sides = [f"{report.usage}, {report.hours:f} hours, {'free tiers off' if report.free_tier else 'no free tiers'}"
+             for report in (change.old, change.new)]  # fmt: skip
+    if sides[0] != sides[1]:
+        out.append(f"the two rest on other usage, which changes amounts too: {sides[0]} -> {sides[1]}")
     return out
 
 
@@ -140,7 +146,7 @@ def difference_sums(change: Difference) -> list[str]:
     """Return what the sums change by in each scenario, a line each for the month and for a release."""
     out = []
     for title, release in (("a month", False), ("once a release", True)):
-        before, after = (report.total(release=release) for report in (change.old, change.new))
+        before, after = change.compared(release=release)
         for currency in sorted({*before, *after}):
             old, new = (sums.get(currency, (0, 0, 0)) for sums in (before, after))
             delta = change.total(release=release).get(currency, (0, 0, 0))
@@ -174,6 +180,8 @@ def _delta(one: Change) -> str:
         if one.unknown:
             known = next((a for a in (one.before, one.after) if a is not None), None)
             return "not known" + (f"; the other side is {money(known[1], currency)}" if known else "")
+        if one.before is not None and one.after is not None:
+            return f"in another currency, now {money(one.after[1], currency)}"
         return f"depends on usage, {unit_price(one.line)}"
     texts = list(dict.fromkeys(money(value, currency, signed=True) for value in one.delta))
     return texts[0] if len(texts) == 1 else " / ".join(money(value, currency, signed=True) for value in one.delta)

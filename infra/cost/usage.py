@@ -35,7 +35,7 @@ KEYS = {
     "connections_per_second": "new connections a second at a load balancer",
     "connection_seconds": "how long a connection stays open",
     "internet_gb": "data sent to the internet, GB a month",
-    "cross_zone_gb": "data that crosses zones, GB a month, each way counted",
+    "cross_zone_gb": "data that tasks, instances or an NLB send across zones, GB a month, each way counted",
     "inter_region_gb": "data sent to another region, GB a month",
     "processed_gb": "data through a NAT gateway, an endpoint or a connection, GB a month",
     # devices
@@ -147,13 +147,15 @@ def load_usage(path: Path) -> Usage:
             )
         read = {key: _values(value, f"{path}: {name}.{key}", key) for key, value in values.items()}
         tables.append(("*" if name == "all" else name, read))
-    if not isinstance(month, dict) or (unknown := sorted(month.keys() - {"hours", "free_tier"})):
+    if not isinstance(month, dict):
+        raise ShipyardError(f"{path}: month: not a table", value=month, mend="write [month] above hours and free_tier")
+    if unknown := sorted(month.keys() - {"hours", "free_tier"}):
         raise ShipyardError(f"{path}: month: unknown key", value=", ".join(unknown), allowed="hours, free_tier")
     hours, free = month.get("hours", HOURS), month.get("free_tier", False)
     if (
         isinstance(hours, bool)
         or not isinstance(hours, int | Decimal)
-        or not 0 < hours <= 744
+        or not (Decimal(hours).is_finite() and 0 < hours <= 744)
         or free not in (True, False)
     ):
         raise ShipyardError(
@@ -192,7 +194,8 @@ def _value(value: Any, where: str, key: str) -> Any:
 
 
 def _number(value: Any, where: str) -> Decimal:
-    if isinstance(value, bool) or not isinstance(value, int | Decimal) or not 0 <= value <= 10**15:
+    found = value if isinstance(value, int | Decimal) and not isinstance(value, bool) else -1
+    if not Decimal(found).is_finite() or not 0 <= found <= 10**15:
         raise ShipyardError(f"{where}: not a quantity", value=value, allowed="a number from 0 to 10^15")
     return Decimal(value)
 
