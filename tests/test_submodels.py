@@ -162,7 +162,7 @@ def test_readme_adds_a_submodel(tmp_path: Path) -> None:
     suggest = (ROOT / "models" / "intent.py").read_text()
     (tmp_path / "models" / "local_intent.py").write_text(suggest)
     # its rows are one store's, where fewer searches have an answer
-    tiny = TINY.replace("households = 60", "households = 200")
+    tiny = TINY.replace("households = 60", "households = 140")
     (tmp_path / "fleet.toml").write_text(
         (ROOT / "fleet.toml").read_text() + tiny + entry + '[submodel.local_intent]\ntarget = "edge"\n'
     )
