@@ -264,6 +264,13 @@ def test_recommendation_asks_no_search(fleet):
     assert [one["product"] for one in answer["products"]] == [product for product, _ in expected]
 
 
+def test_an_id_that_is_half_a_character_is_unknown_to_all_targets(fleet):
+    half = [{"product": "\ud800", "days_ago": 1}]
+    status, answer = fleet.ask("/v1/recommend", {"history": HISTORY + half, "k": 5})
+    assert status == 200 and answer["complete"]
+    assert answer["products"] == fleet.ask("/v1/recommend", {"history": HISTORY, "k": 5})[1]["products"]
+
+
 def test_an_answer_from_the_cache_says_so_and_has_its_own_id(fleet):
     request = {"query": "milk", "k": 3, "history": []}
     first, second = (fleet.ask("/v1/search", request)[1] for _ in range(2))

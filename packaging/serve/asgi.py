@@ -62,11 +62,7 @@ class Asked:
             Refused: it is not JSON.
         """
         try:
-            return orjson.loads(self.body)
-        except orjson.JSONDecodeError:
-            pass  # it does not take halves of a surrogate pair, which JSON can write
-        try:
-            return json.loads(self.body)
+            return load(self.body)
         except (ValueError, RecursionError):
             raise Refused(400, "the body is not valid JSON") from None
 
@@ -219,6 +215,18 @@ async def _body(receive: Any, headers: Mapping[str, str]) -> bytes:
 def content_digest(content: bytes) -> bytes:
     """Return the Content-Digest of a whole answer, as of RFC 9530."""
     return b"sha-256=:" + base64.b64encode(hashlib.sha256(content).digest()) + b":"
+
+
+def load(content: bytes) -> Any:
+    """Return the document of JSON.
+
+    Raises:
+        ValueError, RecursionError: it is none.
+    """
+    try:
+        return orjson.loads(content)
+    except orjson.JSONDecodeError:  # it does not take halves of a surrogate pair, which JSON can write
+        return json.loads(content)
 
 
 def dump(document: Any) -> bytes:

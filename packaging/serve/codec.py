@@ -170,9 +170,8 @@ class Codec:
         """Return the k best of a request's candidates by the logits [rows] of all answers, ties in the request's order."""
         asked: list[Id] = request["candidates"]
         places = np.fromiter(map(self._place.get, asked, itertools.repeat(0)), np.int64, len(asked))
-        if not np.diff(
-            np.sort(places)
-        ).all():  # one that is named twice counts once; looked for only where there may be one
+        # one that is named twice counts once; looked for only where there may be one
+        if not np.diff(np.sort(places)).all():
             asked = list(dict.fromkeys(asked))
             places = np.fromiter(map(self._place.get, asked, itertools.repeat(0)), np.int64, len(asked))
         rows = places[places > 0]

@@ -6,13 +6,13 @@ A source that is late or gone is left out; the answer says which spoke, and the 
 import asyncio
 import functools
 import hashlib
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import orjson
 from cachetools import TTLCache
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -126,7 +126,7 @@ class Gateway:
             wanted = self.pinned.codec.check(checked, "request")
         except BadRequest as fault:
             raise Refused(400, str(fault)) from None
-        key = hashlib.sha256(orjson.dumps([route, request, sources], option=orjson.OPT_SORT_KEYS)).hexdigest()
+        key = hashlib.sha256(json.dumps([route, request, sources], sort_keys=True).encode()).hexdigest()
         if (found := self._cache.get(key)) is not None:
             self._hits.inc()
             answer = found[1] | {"cached_seconds": round(time.monotonic() - found[0], 3)}

@@ -7,8 +7,7 @@ the digest of the search bundle that it goes with: a shard of another release, w
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import orjson
-
+from serve.asgi import dump, load
 from serve.codec import PLURALS, Id
 from serve.targets import Call, Gone, Heard, checked, connections, post
 
@@ -35,15 +34,15 @@ def shard_send(url: str, answer_key: str) -> Callable[[Call], Fresh]:
     plural = PLURALS[answer_key]
 
     def send(call: Call) -> Fresh:
-        body = post(pool, url, orjson.dumps(call.document), call, {"Content-Type": "application/json"})[0]
+        body = post(pool, url, dump(call.document), call, {"Content-Type": "application/json"})[0]
         try:
-            told = orjson.loads(body)
+            told = load(body)
             heard = checked([one[answer_key] for one in told[plural]], [one["score"] for one in told[plural]])
             replaces = told.get("replaces", [])
             if not all(type(item) in (int, str) for item in replaces):
                 raise Gone("corrupt")
             return Fresh(heard, frozenset(replaces))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise Gone("corrupt") from None
 
     return send

@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import boto3
-import orjson
 import urllib3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from serve.asgi import content_digest
+from serve.asgi import content_digest, dump, load
 from serve.codec import PLURALS, Codec, Id
 from serve.trace import Trace
 from serve.triton import CONTENT, HEADER_LENGTH, read_answer, version, write_request
@@ -100,11 +99,11 @@ def http_send(url: str, answer_key: str) -> Send:
     plural = PLURALS[answer_key]
 
     def send(call: Call) -> Heard:
-        body = post(pool, url, orjson.dumps(call.document), call, {"Content-Type": "application/json"})[0]
+        body = post(pool, url, dump(call.document), call, {"Content-Type": "application/json"})[0]
         try:
-            told = orjson.loads(body)[plural]
+            told = load(body)[plural]
             return checked([one[answer_key] for one in told], [one["score"] for one in told])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise Gone("corrupt") from None
 
     return send
